@@ -1,0 +1,140 @@
+"""`gae` on the CPU, one thread, against Stable-Baselines3 and torchrl: `python bench_gae.py`.
+
+Each peer gets the batch in its own layout beforehand, so that only its scan is timed. Every arm is
+checked against float64 first; 1 % of the rows end an episode.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from harness import compare, print_table, timing_rows, write_results
+from torch import Tensor
+
+from ppo_fast.functional.gae import gae, gae_packed
+
+SHAPES = ((128, 8), (2048, 1), (128, 1024), (2048, 64))
+GAMMA, LAMBDA = 0.99, 0.95
+HYPER: dict[str, Any] = {"gamma": GAMMA, "gae_lambda": LAMBDA}
+
+
+def expected_advantages(rewards: Tensor, values: Tensor, following: Tensor, done: Tensor) -> Tensor:
+    """Apply the definition in float64, row by row; `following` is 0 where terminated."""
+    rewards, values, following = rewards.double(), values.double(), following.double()
+    advantages, carry = torch.empty_like(rewards), torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + GAMMA * following[t] - values[t]
+        carry = delta + GAMMA * LAMBDA * torch.where(done[t], 0.0, carry)
+        advantages[t] = carry
+    return advantages
+
+
+def check(name: str, advantages: Tensor, expected: Tensor) -> None:
+    error = float((advantages.double() - expected).abs().max())
+    if not error < 1e-4:
+        raise SystemExit(f"{name}: advantages are off by {error:.3g}; not timed")
+
+
+def stable_baselines3_arm(
+    rewards: Tensor, values: Tensor, next_value: Tensor, terminated: Tensor, expected: Tensor
+) -> dict[str, Callable[[], object]]:
+    try:
+        from gymnasium import spaces
+        from stable_baselines3.common.buffers import RolloutBuffer
+    except ImportError:
+        return {}
+    T, N = rewards.shape
+    box, discrete = spaces.Box(-1, 1, (1,)), spaces.Discrete(2)
+    buffer = RolloutBuffer(T, box, discrete, "cpu", gae_lambda=LAMBDA, gamma=GAMMA, n_envs=N)
+    buffer.rewards[:], buffer.values[:] = rewards.numpy(), values.numpy()
+    buffer.episode_starts[1:] = terminated[:-1].numpy()
+    last = terminated[-1].numpy()
+
+    def arm() -> None:
+        buffer.compute_returns_and_advantage(next_value, last)
+
+    arm()
+    check("stable-baselines3", torch.from_numpy(buffer.advantages), expected)
+    return {"stable-baselines3": arm}
+
+
+def torchrl_arms(
+    rewards: Tensor, values: Tensor, next_value: Tensor, terminated: Tensor, expected: Tensor
+) -> dict[str, Callable[[], object]]:
+    try:
+        from torchrl.objectives.value import functional
+    except ImportError:
+        return {}
+    following = torch.cat((values[1:], next_value[None]))
+    rows = (values, following, rewards, terminated, terminated)
+    batch = [x.t().unsqueeze(-1).contiguous() for x in rows]  # [N, T, 1]
+    arms: dict[str, Callable[[], object]] = {}
+    for name in ("generalized_advantage_estimate", "vec_generalized_advantage_estimate"):
+        estimate = getattr(functional, name)
+        check(f"torchrl {name}", estimate(GAMMA, LAMBDA, *batch)[0].squeeze(-1).t(), expected)
+        arms[f"torchrl {name}"] = partial(estimate, GAMMA, LAMBDA, *batch)
+    return arms
+
+
+def our_arms(
+    rewards: Tensor, values: Tensor, next_value: Tensor, terminated: Tensor, expected: Tensor
+) -> dict[str, Callable[[], object]]:
+    T, N = rewards.shape
+    truncated, bootstrap = torch.rand(T, N) < 0.01, torch.randn(T, N)
+    # An autoreset row after each end, as Gymnasium's NEXT_STEP makes.
+    mask = torch.cat((torch.ones(1, N, dtype=torch.bool), ~terminated[:-1]))
+    rows: tuple[Any, ...] = rewards, values, next_value, terminated
+    with_truncated = (*rows, truncated, bootstrap)
+    turned = tuple(x.t().contiguous().t() if x.ndim == 2 else x for x in rows)
+    packed = (*(x.t().reshape(-1) for x in rows), torch.arange(N + 1) * T)
+    cut = truncated & ~terminated
+    following = torch.cat((values[1:], next_value[None])).masked_fill(terminated, 0.0)
+    cut_following = torch.where(cut, bootstrap, following)
+    expected_truncated = expected_advantages(rewards, values, cut_following, terminated | cut)
+
+    check("gae", gae(*rows, **HYPER)[0], expected)
+    check("gae, [B, T].t()", gae(*turned, **HYPER)[0], expected)
+    check("gae_packed", gae_packed(*packed, **HYPER)[0].view(N, T).t(), expected)
+    check("gae, truncated", gae(*with_truncated, **HYPER)[0], expected_truncated)
+    return {
+        "gae": lambda: gae(*rows, **HYPER),
+        "gae, truncated": lambda: gae(*with_truncated, **HYPER),
+        "gae, mask": lambda: gae(*rows, mask=mask, **HYPER),
+        "gae, [B, T].t()": lambda: gae(*turned, **HYPER),
+        "gae_packed": lambda: gae_packed(*packed, **HYPER),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="write a file under results/")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    rows = []
+    for T, N in SHAPES:
+        rewards, values = torch.randn(2, T, N)
+        next_value, terminated = torch.randn(N), torch.rand(T, N) < 0.01
+        following = torch.cat((values[1:], next_value[None])).masked_fill(terminated, 0.0)
+        expected = expected_advantages(rewards, values, following, terminated)
+        batch = (rewards, values, next_value, terminated, expected)
+        arms = our_arms(*batch) | stable_baselines3_arm(*batch) | torchrl_arms(*batch)
+        timings = compare(arms, rounds=arguments.rounds)
+        found = timing_rows(timings, "gae", shape=f"[{T}, {N}]")
+        for peer in ("stable-baselines3", "torchrl"):
+            if not any(peer in name for name in arms):
+                found.append({"shape": f"[{T}, {N}]", "case": f"{peer}: absent"})
+        print_table(found, f"T={T}, N={N}, CPU, 1 thread")
+        rows += found
+    if arguments.json:
+        print(f"\nwrote {write_results('gae', rows)}")
+
+
+if __name__ == "__main__":
+    main()

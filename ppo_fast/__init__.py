@@ -1,0 +1,48 @@
+"""PPO in PyTorch whose hot paths are Triton kernels."""
+
+from ppo_fast.config import ControlConfig, PPOConfig
+from ppo_fast.control.evaluate import evaluate
+from ppo_fast.control.ppo import PPO
+from ppo_fast.control.recipes import recipe
+from ppo_fast.dispatch import backend, current_backend
+from ppo_fast.functional import (
+    approx_kl,
+    gae,
+    gae_packed,
+    kl_from_logits,
+    log_probs_from_gaussian,
+    log_probs_from_logits,
+    masked_whiten,
+    ppo_loss,
+    ppo_loss_from_gaussian,
+    ppo_loss_from_logits,
+    sample_from_logits,
+)
+from ppo_fast.kl_control import KLController
+from ppo_fast.results import PPO_STATS, PPOLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PPO",
+    "PPO_STATS",
+    "ControlConfig",
+    "KLController",
+    "PPOConfig",
+    "PPOLoss",
+    "approx_kl",
+    "backend",
+    "current_backend",
+    "evaluate",
+    "gae",
+    "gae_packed",
+    "kl_from_logits",
+    "log_probs_from_gaussian",
+    "log_probs_from_logits",
+    "masked_whiten",
+    "ppo_loss",
+    "ppo_loss_from_gaussian",
+    "ppo_loss_from_logits",
+    "recipe",
+    "sample_from_logits",
+]

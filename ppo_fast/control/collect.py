@@ -1,0 +1,334 @@
+"""Environments -> Rollout: step the environments with a fixed policy, then score the rows once.
+
+During a rollout the policy does not change, so a step runs only the actor; values and old
+log-probabilities of all rows come from one batched pass afterwards. Actions are picked with noise
+drawn beforehand for the whole rollout.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor, nn
+
+from ppo_fast.control.envs import Environments, Step
+from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
+from ppo_fast.control.spaces import allocate
+from ppo_fast.distributions import Categorical, DiagGaussian
+from ppo_fast.models import actor_of, critic_of
+from ppo_fast.rollout import Rollout
+from ppo_fast.tree import Tree, tree_cat, tree_leaves, tree_map, tree_rows
+
+# Rows of a batched pass are chunked to about this many input elements, which stay in cache.
+CHUNK_ELEMENTS = 1 << 21
+
+
+class Collector:
+    """Fills one preallocated `Rollout` again and again.
+
+    Args:
+        envs: where to act.
+        policy: see `ppo_fast.models`; on `device`.
+        distribution: of the environments' action space.
+        num_steps: T.
+        device: where the rollout and the policy live.
+        generator: draws action noise; on `device`.
+        obs_normalizers: by leaf path; leaves without one are stored as they come.
+        reward_normalizer: or None.
+
+    Attributes:
+        rollout: overwritten by every `collect`.
+        raw_rewards: [T, N] numpy, before normalisation, for statistics.
+        seconds: of the last `collect`, by stage.
+    """
+
+    def __init__(
+        self,
+        envs: Environments,
+        policy: nn.Module,
+        distribution: Categorical | DiagGaussian,
+        num_steps: int,
+        device: torch.device,
+        generator: torch.Generator,
+        obs_normalizers: dict[str, ObservationNormalizer],
+        reward_normalizer: RewardNormalizer | None,
+    ) -> None:
+        self.envs = envs
+        self.policy = policy
+        self.distribution = distribution
+        self.device = device
+        self.generator = generator
+        self.obs_normalizers = obs_normalizers
+        self.reward_normalizer = reward_normalizer
+        self.seconds: dict[str, float] = {}
+        steps, width = num_steps, envs.num_envs
+        self.num_steps = steps
+        action_shape = distribution.action_shape
+        self.rollout = Rollout(
+            inputs=allocate(envs.leaves, (steps + 1, width), device),
+            actions=torch.zeros(
+                steps, width, *action_shape, dtype=distribution.action_dtype, device=device
+            ),
+            rewards=torch.zeros(steps, width, device=device),
+            terminated=torch.zeros(steps, width, dtype=torch.bool, device=device),
+            truncated=torch.zeros(steps, width, dtype=torch.bool, device=device),
+            mask=torch.ones(steps, width, dtype=torch.bool, device=device),
+            values=torch.zeros(steps + 1, width, device=device),
+            bootstrap_values=torch.zeros(steps, width, device=device),
+            log_probs=torch.zeros(steps, width, device=device),
+        )
+        self._input_rows = tree_map(lambda leaf: leaf.unbind(0), self.rollout.inputs)
+        self._action_rows = self.rollout.actions.unbind(0)
+        self._staged = False
+        self._ignored: Any = None
+        self.raw_rewards = np.zeros((steps, width), np.float32)
+
+    def start(self, seed: int | None) -> None:
+        """Reset the environments and put their first observations where `collect` begins."""
+        obs = self.envs.reset(seed)
+        self._stage()
+        if self.envs.mode == AutoresetMode.NEXT_STEP:
+            zeros = np.zeros(self.envs.num_envs, bool)
+            self._ignored = (
+                torch.from_numpy(zeros).to(self.device) if self.envs.on_device else zeros
+            )
+        self._store_observation(obs, self.num_steps, self._ignored)
+        action_mask = self.envs.action_masks()
+        if action_mask is not None:
+            self._expect_action_mask(action_mask)
+            width = self.distribution.num_outputs
+            self.rollout.action_mask = torch.ones(
+                self.num_steps, self.envs.num_envs, width, dtype=torch.bool, device=self.device
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the next rollout begins with, by checkpoint name."""
+        rows = tree_leaves(self.rollout.inputs)
+        state = {f"collector.obs.{path}": leaf[self.num_steps] for path, leaf in rows}
+        if self._ignored is not None:
+            state["collector.ignored"] = torch.as_tensor(self._ignored)
+        return state
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Begin the next rollout with what `tensors` saved; call after `start`."""
+        for path, leaf in tree_leaves(self.rollout.inputs):
+            leaf[self.num_steps].copy_(tensors[f"collector.obs.{path}"])
+        if self._ignored is not None:
+            ignored = tensors["collector.ignored"]
+            self._ignored = ignored.to(self.device) if self.envs.on_device else ignored.numpy()
+
+    def _stage(self) -> None:
+        """Choose where a step's rewards and flags are written.
+
+        numpy environments write into host arrays: the rollout's own memory on a CPU, staging arrays
+        copied once per rollout otherwise. Tensor environments write into the rollout.
+        """
+        r = self.rollout
+        columns = {
+            "rewards": r.rewards,
+            "terminated": r.terminated,
+            "truncated": r.truncated,
+            "mask": r.mask,
+        }
+        if self.envs.on_device:
+            self._columns: dict[str, Any] = columns
+        elif self.device.type == "cpu":
+            self._columns = {name: column.numpy() for name, column in columns.items()}
+        else:
+            self._columns = {name: column.cpu().numpy() for name, column in columns.items()}
+            self._staged = True
+
+    def _expect_action_mask(self, mask: Any) -> None:
+        expected = (self.envs.num_envs, self.distribution.num_outputs)
+        if not isinstance(self.distribution, Categorical):
+            raise ValueError("the environment gives action masks, but its actions are continuous")
+        if tuple(mask.shape) != expected:
+            raise ValueError(
+                f"action mask has shape {tuple(mask.shape)}; expected [num_envs, sum of choices] = {expected}"
+            )
+
+    @torch.no_grad()
+    def collect(self) -> Rollout:
+        """Step T times and return the rollout, scored.
+
+        Raises:
+            ValueError: an observation or a reward is NaN or infinite, or an action mask forbids all.
+        """
+        r = self.rollout
+        r.all_valid = self.envs.mode != AutoresetMode.NEXT_STEP
+        steps = self.num_steps
+        tree_map(lambda rows: rows[0].copy_(rows[steps]), self._input_rows)
+        noise = self.distribution.noise((steps, self.envs.num_envs), self.device, self.generator)
+        finals: list[tuple[int, Tree, Any]] = []
+        acting = stepping = 0.0
+        started = time.perf_counter()
+        for t, noise_row in enumerate(noise.unbind(0)):
+            before = time.perf_counter()
+            env_actions = self._act(t, noise_row)
+            acted = time.perf_counter()
+            step = self.envs.step(env_actions)
+            stepped = time.perf_counter()
+            acting += acted - before
+            stepping += stepped - acted
+            self._store(t, step, finals)
+        self._finish_columns()
+        scoring = time.perf_counter()
+        self._score(finals)
+        self._check_finite()
+        if self.reward_normalizer is not None:
+            done = r.terminated | r.truncated
+            mask = None if r.all_valid else r.mask
+            r.rewards.copy_(self.reward_normalizer.normalize(r.rewards, done, mask))
+        ended = time.perf_counter()
+        self.seconds = {
+            "inference": acting + ended - scoring,
+            "environment": stepping,
+            "storing": scoring - started - acting - stepping,
+        }
+        return r
+
+    def _act(self, t: int, noise: Tensor) -> Any:
+        obs = tree_map(lambda rows: rows[t], self._input_rows)
+        mask = None
+        if self.rollout.action_mask is not None:
+            mask = self.rollout.action_mask[t]
+            told = self.envs.action_masks()
+            if told is not None:
+                mask.copy_(torch.as_tensor(told))
+                self._check_action_mask(t, mask)
+        parameters = actor_of(self.policy, obs)
+        actions = self.distribution.sample(parameters, noise, mask)
+        self._action_rows[t].copy_(actions)
+        actions = self.distribution.to_env(actions)
+        if self.envs.on_device:
+            return actions
+        return actions.cpu().numpy()
+
+    def _check_action_mask(self, t: int, mask: Tensor) -> None:
+        if mask.device.type != "cpu":
+            return
+        for head in mask.split(self.distribution.head_sizes, -1):  # type: ignore[union-attr]
+            if not head.any(-1).all():
+                env = int((~head.any(-1)).nonzero()[0])
+                raise ValueError(
+                    f"environment {env} forbids every action at step {t}: its mask is all False"
+                )
+
+    def _store(self, t: int, step: Step, finals: list[tuple[int, Tree, Any]]) -> None:
+        columns = self._columns
+        columns["rewards"][t] = step.rewards
+        columns["terminated"][t] = step.terminated
+        columns["truncated"][t] = step.truncated
+        if step.ignored is not None:
+            columns["mask"][t] = ~self._ignored
+            self._ignored = step.ignored
+        self._store_observation(step.obs, t + 1, step.ignored)
+        if step.final_obs is not None:
+            final = self._normalized(step.final_obs)
+            if step.final_index is not None:
+                finals.append((t, final, step.final_index))
+            elif self.device.type != "cpu" or bool(step.truncated.any()):
+                # All rows at once: picking the truncated ones would wait for the GPU.
+                self.rollout.bootstrap_values[t] = critic_of(self.policy, final)
+
+    def _tensor(self, leaf: Any, like: Tensor) -> Tensor:
+        if not isinstance(leaf, Tensor):
+            leaf = torch.from_numpy(np.ascontiguousarray(leaf))
+        return leaf.to(device=like.device, dtype=like.dtype)
+
+    def _normalized(self, obs: Any) -> Tree:
+        named = obs if isinstance(obs, dict) else {"": obs}
+        storage = dict(tree_leaves(self.rollout.inputs))
+        leaves = {path: self._tensor(named[path], like) for path, like in storage.items()}
+        for path, normalizer in self.obs_normalizers.items():
+            leaves[path] = normalizer(leaves[path])
+        return leaves[""] if "" in leaves else leaves
+
+    def _store_observation(self, obs: Any, row: int, ignored: Any) -> None:
+        named = obs if isinstance(obs, dict) else {"": obs}
+        valid = None
+        if self.obs_normalizers and ignored is not None:
+            # An observation no action answers is left out of the statistics in every mode alike.
+            valid = ~torch.as_tensor(ignored, device=self.device)
+        for path, rows in tree_leaves(self._input_rows):
+            normalizer = self.obs_normalizers.get(path)
+            leaf = named[path]
+            if normalizer is None:
+                rows[row].copy_(leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf))
+            else:
+                leaf = self._tensor(leaf, rows[row])
+                normalizer.update(leaf, valid)
+                rows[row].copy_(normalizer(leaf))
+
+    def _finish_columns(self) -> None:
+        r = self.rollout
+        if self._staged:
+            for name, column in self._columns.items():
+                getattr(r, name).copy_(torch.from_numpy(column))
+        if not self.envs.on_device:
+            r.all_valid = bool(self._columns["mask"].all())
+        self.raw_rewards = r.rewards.cpu().numpy().copy()
+
+    def _score(self, finals: list[tuple[int, Tree, Any]]) -> None:
+        """Values of all rows, log-probabilities of the taken actions, and bootstrap values."""
+        r = self.rollout
+        steps, width = self.num_steps, self.envs.num_envs
+        rows = steps * width
+        flat = tree_map(lambda leaf: leaf.flatten(0, 1), r.inputs)
+        actions = r.actions.flatten(0, 1)
+        action_mask = None if r.action_mask is None else r.action_mask.flatten(0, 1)
+        values, log_probs = r.values.view(-1), r.log_probs.view(-1)
+        chunk = self._chunk_rows()
+        for start in range(0, rows, chunk):
+            part = slice(start, min(start + chunk, rows))
+            parameters, part_values = self.policy(tree_rows(flat, part))
+            values[part] = part_values.reshape(-1)
+            mask = None if action_mask is None else action_mask[part]
+            log_probs[part] = self.distribution.log_probs(parameters, actions[part], mask)
+        values[rows:] = critic_of(self.policy, tree_rows(flat, slice(rows, None)))
+        if self.envs.mode == AutoresetMode.NEXT_STEP:
+            # Where an episode ended, the next row still holds its last observation.
+            r.bootstrap_values.copy_(r.values[1:])
+        elif self.envs.approximate_truncation:
+            r.bootstrap_values.copy_(r.values[:-1])
+        elif finals:
+            self._score_finals(finals, chunk)
+
+    def _score_finals(self, finals: list[tuple[int, Tree, Any]], chunk: int) -> None:
+        where = torch.cat([torch.full((len(index),), t) for t, _, index in finals])
+        who = torch.cat([torch.as_tensor(index) for _, _, index in finals])
+        obs = tree_cat([final for _, final, _ in finals])
+        parts = [
+            critic_of(self.policy, tree_rows(obs, slice(start, start + chunk)))
+            for start in range(0, len(where), chunk)
+        ]
+        self.rollout.bootstrap_values[where.to(self.device), who.to(self.device)] = torch.cat(parts)
+
+    def _chunk_rows(self) -> int:
+        elements = sum(math.prod(leaf.shape[2:]) for _, leaf in tree_leaves(self.rollout.inputs))
+        return max(self.envs.num_envs, CHUNK_ELEMENTS // max(1, elements))
+
+    def _check_finite(self) -> None:
+        """Refuse NaN and infinite observations and rewards before anything learns from them."""
+        r = self.rollout
+        named = {f"observation {path}".strip(): leaf for path, leaf in tree_leaves(r.inputs)}
+        for name, column in {**named, "reward": r.rewards}.items():
+            if not column.is_floating_point():
+                continue
+            finite = column.isfinite()
+            if finite.all():
+                continue
+            row, env = (~finite).nonzero()[0, :2].tolist()
+            step = row - 1 if name.startswith("observation") else row
+            raise ValueError(
+                f"environment {env} returned {name} = {column[row, env].tolist()} at step {step} of the "
+                "rollout; PPO needs finite observations and rewards. Check the environment, or clip it"
+            )
+        for path, normalizer in self.obs_normalizers.items():
+            if not normalizer.moments.mean.isfinite().all():
+                raise ValueError(f"an environment returned an infinite observation {path}".strip())

@@ -1,0 +1,604 @@
+"""`PPO`: train a policy on environments, use it, save it, load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ppo_fast.config import ControlConfig, check_minibatches, config_from_dict
+from ppo_fast.control.collect import Collector
+from ppo_fast.control.envs import Environments, make_environments
+from ppo_fast.control.episodes import EpisodeStats
+from ppo_fast.control.interrupt import DeferredInterrupt
+from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
+from ppo_fast.control.run_folder import RunFolder
+from ppo_fast.control.saving import (
+    check_same_spaces,
+    read_control_checkpoint,
+    restore,
+    restore_environments,
+    save,
+)
+from ppo_fast.control.spaces import as_batch, space_from_json, space_leaves
+from ppo_fast.distributions import distribution_for
+from ppo_fast.functional.explained_variance import explained_variance
+from ppo_fast.kl_control import KLController
+from ppo_fast.models import ActorCritic, actor_of, critic_of, is_image
+from ppo_fast.profiling import StageTimer
+from ppo_fast.results import PPO_STATS, PPOLoss
+from ppo_fast.rollout import Batch, Rollout
+from ppo_fast.tree import tree_leaves
+from ppo_fast.update import FlatAdam, UpdateStats, ppo_update
+
+log = logging.getLogger("ppo_fast")
+
+Schedule = Callable[[float], float]
+"""progress_remaining, from 1 at the start of a call of `learn` to 0 at its end -> value"""
+
+SCHEDULED = ("learning_rate", "clip_coef", "ent_coef")
+Callback = Callable[["PPO"], bool | None]
+
+
+class PPO:
+    """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347) on environments.
+
+        model = PPO("CartPole-v1", num_envs=8)
+        model.learn(100_000)
+        actions, _ = model.predict(observation)
+
+    Args:
+        env: a Gymnasium id, an `Env`, a callable returning one, a `VectorEnv`, an EnvPool, or a
+            tensor environment; see `ppo_fast.control.envs`.
+        policy: an `nn.Module` as `ppo_fast.models` describes; None builds an `ActorCritic`.
+        config: a `ControlConfig`; `overrides` are applied to it.
+        **overrides: fields of `ControlConfig`. `learning_rate`, `clip_coef` and `ent_coef` may be
+            functions of the remaining progress (1 to 0), as in SB3.
+
+    Attributes:
+        config: the `ControlConfig` in force.
+        policy: the module being trained.
+        num_timesteps: environment steps so far; rows that are no transitions do not count.
+        metrics: the last iteration's, floats by key.
+
+    Raises:
+        TypeError: a field `ControlConfig` does not have, or an `env` that is none.
+        ValueError: a value a field refuses, an unknown environment id, or a space without support.
+    """
+
+    def __init__(
+        self,
+        env: Any,
+        policy: nn.Module | None = None,
+        *,
+        config: ControlConfig | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.schedules: dict[str, Schedule] = {}
+        for field in SCHEDULED:
+            if callable(overrides.get(field)):
+                self.schedules[field] = overrides[field]
+                overrides[field] = float(overrides[field](1.0))
+        _check_fields(overrides)
+        config = dataclasses.replace(config or ControlConfig(), **overrides)
+        envs = make_environments(env, config.num_envs, config.vectorization)
+        self._build(config, envs, envs.observation_space, envs.action_space, envs.num_envs, policy)
+
+    def _build(
+        self,
+        config: ControlConfig,
+        envs: Environments | None,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        num_envs: int,
+        policy: nn.Module | None,
+    ) -> None:
+        check_minibatches(config.num_steps, num_envs, config.num_minibatches)
+        self.config = config
+        self.envs = envs
+        self.env_id = envs.env_id if envs is not None else None
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.num_envs = num_envs
+        self.leaves = space_leaves(observation_space)
+        self.distribution = distribution_for(action_space, config.squash)
+        self.device = self._choose_device()
+        self.custom_policy = policy is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.policy = (policy if policy is not None else self._default_policy()).to(self.device)
+        self.optimizer = FlatAdam(
+            self.policy.parameters(), config.learning_rate, config.adam_eps, config.max_grad_norm
+        )
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        self.obs_normalizers = self._make_obs_normalizers()
+        self.reward_normalizer = (
+            RewardNormalizer(num_envs, self.device, config.gamma, config.clip_reward)
+            if config.norm_reward
+            else None
+        )
+        self.kl_controller = KLController(
+            config.kl_coef,
+            target=config.kl_target,
+            rule=config.kl_controller,
+            unit=config.kl_unit,
+            horizon=config.kl_horizon,
+        )
+        self._clip_coef = torch.tensor(config.clip_coef, device=self.device)
+        self._clip_coef_high = torch.tensor(
+            config.clip_coef_high or config.clip_coef, device=self.device
+        )
+        self._ent_coef = torch.tensor(config.ent_coef, device=self.device)
+        self._kl_coef = torch.tensor(config.kl_coef, device=self.device)
+        self.episodes = EpisodeStats(num_envs, config.stats_window)
+        self.timer = StageTimer()
+        self.metrics: dict[str, float] = {}
+        self.num_timesteps = 0
+        self.iteration = 0
+        self.learn_total = 0
+        self.learn_done = 0
+        self.collector: Collector | None = None
+        self.saved: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self._folder: RunFolder | None = None
+
+    def _choose_device(self) -> torch.device:
+        wanted = self.config.device
+        if wanted != "auto":
+            device = torch.device(wanted)
+            if device.type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(f"device = {wanted!r}, but torch sees no GPU; use device = 'cpu'")
+            return device
+        if self.envs is not None and hasattr(self.envs.env, "device"):
+            return torch.device(self.envs.env.device)
+        # Small networks on numpy environments are faster on the CPU: launches and copies dominate.
+        images = any(is_image(space) for space in self.leaves.values())
+        return torch.device("cuda" if images and torch.cuda.is_available() else "cpu")
+
+    def _default_policy(self) -> ActorCritic:
+        c = self.config
+        return ActorCritic(
+            self.leaves,
+            self.distribution,
+            c.hidden_sizes,
+            c.activation,
+            c.ortho_init,
+            c.log_std_init,
+        )
+
+    def _make_obs_normalizers(self) -> dict[str, ObservationNormalizer]:
+        if not self.config.norm_obs:
+            return {}
+        floats = {
+            path: space
+            for path, space in self.leaves.items()
+            if isinstance(space, spaces.Box) and np.dtype(space.dtype).kind == "f"
+        }
+        if not floats:
+            raise ValueError(
+                f"norm_obs = True, but {self.observation_space} holds no floats; use norm_obs = False"
+            )
+        return {
+            path: ObservationNormalizer(space.shape, self.device, self.config.clip_obs)
+            for path, space in floats.items()
+        }
+
+    def learn(self, total_timesteps: int, callback: Callback | None = None) -> PPO:
+        """Train for that many more environment steps, rounded up to whole rollouts.
+
+        Schedules run from the start to the end of this call. The environments go on where an
+        earlier call left them.
+
+        Args:
+            total_timesteps: steps, summed over the environments.
+            callback: called with this object after every iteration; False ends the call.
+
+        Raises:
+            ValueError: `total_timesteps` below 1, or NaN and infinite observations or rewards.
+            FloatingPointError: no minibatch of an iteration had a finite gradient.
+            KeyboardInterrupt: Ctrl-C; the iteration is finished and a checkpoint saved first.
+        """
+        if total_timesteps < 1:
+            raise ValueError(f"learn: total_timesteps = {total_timesteps}; expected at least 1")
+        self.learn_total, self.learn_done = int(total_timesteps), 0
+        return self._learn(callback)
+
+    def resume(self, callback: Callback | None = None) -> PPO:
+        """Continue a call of `learn` that was interrupted, from a loaded checkpoint.
+
+        Where the environments' state could be saved, the continuation is the one the interrupted
+        call would have had; elsewhere it starts with new episodes, which is logged.
+
+        Raises:
+            ValueError: nothing is left to do, or a schedule given as a function is missing.
+        """
+        if self.learn_done >= self.learn_total:
+            raise ValueError(
+                f"resume: the last call of learn was finished ({self.learn_done} of "
+                f"{self.learn_total} steps); call learn(total_timesteps) for more"
+            )
+        if self.saved is not None:
+            missing = [f for f in self.saved[0]["schedules"] if f not in self.schedules]
+            if missing:
+                raise ValueError(
+                    f"resume: the run used functions for {', '.join(missing)}; pass them to load, as in "
+                    f"PPO.load(path, {missing[0]}=...)"
+                )
+        return self._learn(callback)
+
+    def _learn(self, callback: Callback | None) -> PPO:
+        config = self.config
+        self._start()
+        self._open_folder()
+        bar = self._progress_bar()
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.torch_threads or self._fitting_threads(threads))
+        try:
+            with DeferredInterrupt() as interrupt:
+                while self.learn_done < self.learn_total:
+                    before = self.learn_done
+                    self._iterate()
+                    if bar is not None:
+                        bar.update(min(self.learn_done, self.learn_total) - before)
+                    stop = callback is not None and callback(self) is False
+                    if self._reached_stop_return():
+                        log.info("mean return %.1f reached", self.metrics["rollout/ep_rew_mean"])
+                        self.learn_done = self.learn_total
+                    if interrupt.requested:
+                        self._save_interrupted(interrupt.name)
+                        interrupt.deliver()
+                    last = stop or self.learn_done >= self.learn_total
+                    if self._folder is not None and (
+                        last or self.iteration % config.save_every == 0
+                    ):
+                        self.save(self._folder.checkpoint)
+                    if stop:
+                        break
+        finally:
+            torch.set_num_threads(threads)
+            if bar is not None:
+                bar.close()
+            if self._folder is not None:
+                self._folder.close()
+                self._folder = None
+        return self
+
+    def _iterate(self) -> None:
+        started = time.perf_counter()
+        self._anneal()
+        collector = self.collector
+        assert collector is not None
+        with self.timer.stage("rollout"):
+            try:
+                rollout = collector.collect()
+            except Exception:
+                self._save_after_error()
+                raise
+        with self.timer.stage("gae"):
+            batch = rollout.to_batch(
+                self.config.gamma, self.config.gae_lambda, self.config.norm_adv == "batch"
+            )
+        with self.timer.stage("update"):
+            stats = ppo_update(self._loss, self.optimizer, batch, self.config, self.generator)
+        with self.timer.stage("log"):
+            self._report(rollout, batch, stats, collector, started)
+
+    def _loss(self, batch: Batch) -> PPOLoss:
+        config = self.config
+        parameters, values = self.policy(batch.inputs)
+        return self.distribution.loss(
+            parameters,
+            batch.actions,
+            batch.log_probs,
+            batch.advantages,
+            batch.action_mask,
+            clip_coef=self._clip_coef,
+            clip_coef_high=self._clip_coef_high,
+            dual_clip=config.dual_clip,
+            values=values.reshape(-1),
+            old_values=batch.values,
+            returns=batch.returns,
+            vf_coef=config.vf_coef,
+            vf_clip_coef=config.vf_clip_coef,
+            vf_clip=config.vf_clip,
+            ent_coef=self._ent_coef,
+            old_kl_coef=self._kl_coef if config.kl_coef else 0.0,
+            mask=batch.mask,
+            weights=batch.weights,
+            norm_adv=config.norm_adv == "minibatch",
+        )
+
+    def _anneal(self) -> None:
+        config = self.config
+        remaining = 1.0 - self.learn_done / self.learn_total
+
+        def value(field: str, anneal: bool) -> float:
+            if field in self.schedules:
+                return float(self.schedules[field](remaining))
+            return getattr(config, field) * (remaining if anneal else 1.0)
+
+        if config.adaptive_lr_kl is None:
+            self.optimizer.lr.fill_(value("learning_rate", config.anneal_lr))
+        clip = value("clip_coef", config.anneal_clip)
+        self._clip_coef.fill_(clip)
+        high = config.clip_coef_high
+        self._clip_coef_high.fill_(clip if high is None else high * clip / config.clip_coef)
+        self._ent_coef.fill_(value("ent_coef", config.anneal_ent))
+        self._kl_coef.fill_(self.kl_controller.coef)
+
+    def _report(
+        self,
+        rollout: Rollout,
+        batch: Batch,
+        stats: UpdateStats,
+        collector: Collector,
+        started: float,
+    ) -> None:
+        """Count, summarise and log an iteration, with one copy from the device."""
+        variance = explained_variance(batch.values, batch.returns, batch.mask)
+        extra = [stats.last_kl, stats.grad_norm, stats.steps, stats.skipped, stats.stopped]
+        extra += [self.optimizer.lr, stats.first[PPO_STATS.index("ratio_deviation")], variance]
+        transitions = rollout.mask.sum().float()
+        numbers = torch.cat([stats.means, torch.stack([*extra, transitions])]).tolist()
+        means = dict(zip(PPO_STATS, numbers, strict=False))
+        last_kl, grad_norm, steps, skipped, stopped, lr, first_ratio, variance, rows = numbers[
+            len(means) :
+        ]
+        if steps == 0 and skipped > 0:
+            self._save_after_error()
+            raise FloatingPointError(
+                f"iteration {self.iteration + 1}: no minibatch had a finite gradient, nothing was learnt; "
+                "lower learning_rate, normalise observations and rewards (norm_obs, norm_reward), or "
+                "check the policy's outputs"
+            )
+        if self.config.kl_controller != "fixed":
+            self.kl_controller.update(last_kl, int(rows))
+        done = (rollout.terminated | rollout.truncated).cpu().numpy()
+        mask = None if rollout.all_valid else rollout.mask.cpu().numpy()
+        self.episodes.update(collector.raw_rewards, done, mask)
+        self.iteration += 1
+        self.num_timesteps += int(rows)
+        self.learn_done += int(rows)
+        seconds = self.timer.take()
+        stages = {f"time/{name}_seconds": s for name, s in {**seconds, **collector.seconds}.items()}
+        self.metrics = {
+            **self.episodes.metrics(),
+            **{
+                f"train/{name}": value
+                for name, value in means.items()
+                if name not in ("kl", "count")
+            },
+            "train/explained_variance": variance,
+            "train/learning_rate": lr,
+            "train/clip_range": float(self._clip_coef),
+            "train/grad_norm": grad_norm,
+            "train/optimizer_steps": steps,
+            "train/skipped_steps": skipped,
+            "train/stopped_by_target_kl": stopped,
+            "train/first_ratio_deviation": first_ratio,
+            "time/iterations": float(self.iteration),
+            "time/total_timesteps": float(self.num_timesteps),
+            "time/sps": rows / (time.perf_counter() - started),
+            **stages,
+        }
+        if self.config.kl_coef:
+            self.metrics["train/kl_coef"] = self.kl_controller.coef
+        log_std = getattr(self.policy, "log_std", None)
+        if isinstance(log_std, Tensor):
+            self.metrics["train/std"] = float(log_std.detach().exp().mean())
+        if self._folder is not None:
+            self._folder.log(self.num_timesteps, self.metrics)
+
+    def _reached_stop_return(self) -> bool:
+        stop = self.config.stop_return
+        full = len(self.episodes.returns) == self.config.stats_window
+        return stop is not None and full and self.metrics["rollout/ep_rew_mean"] >= stop
+
+    def _fitting_threads(self, available: int) -> int:
+        """One thread for small networks: their operations are shorter than a thread's wake-up."""
+        images = any(is_image(space) for space in self.leaves.values())
+        widest = max((p.numel() for p in self.policy.parameters()), default=0)
+        return available if images or widest > 1 << 17 else 1
+
+    def _progress_bar(self) -> Any:
+        if not self.config.progress_bar:
+            return None
+        from ppo_fast.extras import require
+
+        tqdm = require("tqdm.auto", "train", "progress_bar=True").tqdm
+        return tqdm(total=self.learn_total, initial=self.learn_done, unit="step", unit_scale=True)
+
+    def _start(self) -> None:
+        """Reset the environments on the first call, or restore them after a load."""
+        if self.collector is None:
+            if self.envs is None:
+                if self.env_id is None:
+                    raise ValueError(
+                        "learn: no environment; load with one, as in PPO.load(path, env=...)"
+                    )
+                self.envs = make_environments(self.env_id, self.num_envs, self.config.vectorization)
+            self.collector = Collector(
+                self.envs,
+                self.policy,
+                self.distribution,
+                self.config.num_steps,
+                self.device,
+                self.generator,
+                self.obs_normalizers,
+                self.reward_normalizer,
+            )
+            saved, self.saved = self.saved, None
+            if saved is not None and saved[0]["env_state"] is not None:
+                restore_environments(self, *saved)
+                return
+            if saved is not None:
+                log.info(
+                    "the environments' state was not saved: training goes on with new episodes"
+                )
+                self.episodes.running_returns[:] = self.episodes.running_lengths[:] = 0
+                if self.reward_normalizer is not None:
+                    self.reward_normalizer.returns.zero_()
+            # A loaded run must not replay the episodes it began with.
+            self.collector.start(self.config.seed + self.num_timesteps)
+
+    def _open_folder(self) -> None:
+        if self.config.run_dir is None:
+            return
+        resume = self.num_timesteps if self.num_timesteps else None
+        self._folder = RunFolder(self.config.run_dir, resume)
+        self._folder.write_config(self.env_id, self.config)
+
+    def _save_interrupted(self, signal_name: str) -> None:
+        if self._folder is not None:
+            path = self._folder.checkpoint
+        else:
+            name = (self.env_id or "ppo").replace("/", "-")
+            path = Path(f"{name}-interrupted.safetensors").resolve()
+        self.save(path)
+        print(
+            f"\n{signal_name}: saved {path} after {self.num_timesteps} steps; PPO.load(...).resume() goes on"
+        )
+
+    def _save_after_error(self) -> None:
+        """Keep what was learnt when an environment fails; its own state is in doubt and left out."""
+        finite = all(p.isfinite().all() for p in self.policy.parameters())
+        if self._folder is None or not finite:
+            return
+        save(self, self._folder.checkpoint, with_environments=False)
+        log.error("training stopped by an error; saved %s", self._folder.checkpoint)
+
+    def predict(
+        self, obs: Any, deterministic: bool = True, action_masks: Any = None
+    ) -> tuple[Any, None]:
+        """Choose actions for one observation or a batch.
+
+        Args:
+            obs: as the environment gives it: arrays, tensors, or dicts and tuples of them.
+            deterministic: the most likely action; False samples.
+            action_masks: [A] or [M, A] bool, legal actions.
+
+        Returns:
+            The action or actions in the environment's form (numpy, or torch for a tensor
+            observation), and None where recurrent policies return their state.
+
+        Raises:
+            ValueError: an observation of another shape.
+        """
+        batch, batched = as_batch(obs, self.leaves, self.device)
+        mask = None
+        if action_masks is not None:
+            mask = torch.as_tensor(action_masks, dtype=torch.bool, device=self.device)
+            mask = mask.reshape(-1, self.distribution.num_outputs)
+        with torch.no_grad():
+            parameters = actor_of(self.policy, self._normalized(batch))
+            if deterministic:
+                actions = self.distribution.mode(parameters, mask)
+            else:
+                rows = len(next(iter(tree_leaves(batch)))[1])
+                noise = self.distribution.noise((rows,), self.device, self.generator)
+                actions = self.distribution.sample(parameters, noise, mask)
+            actions = self.distribution.to_env(actions)
+        if not batched:
+            actions = actions[0]
+        return (actions if _is_tensor(obs) else actions.cpu().numpy()), None
+
+    def predict_values(self, obs: Any) -> Any:
+        """Values of one observation (0-d) or a batch [M], numpy, or torch for a tensor observation."""
+        batch, batched = as_batch(obs, self.leaves, self.device)
+        with torch.no_grad():
+            values = critic_of(self.policy, self._normalized(batch))
+        values = values if batched else values[0]
+        return values if _is_tensor(obs) else values.cpu().numpy()
+
+    def _normalized(self, obs: Any) -> Any:
+        if not self.obs_normalizers:
+            return obs
+        if isinstance(obs, Tensor):
+            return self.obs_normalizers[""](obs)
+        return {
+            path: self.obs_normalizers[path](leaf) if path in self.obs_normalizers else leaf
+            for path, leaf in obs.items()
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint from which training resumes exactly; replaces the file atomically.
+
+        Raises:
+            CheckpointError: the file cannot be written; what was there before is intact.
+        """
+        save(self, path, with_environments=True)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        env: Any = None,
+        policy: nn.Module | None = None,
+        **overrides: Any,
+    ) -> PPO:
+        """Load a checkpoint, or the one in a run folder; never executes code from it.
+
+        Args:
+            path: the file, or a run folder.
+            env: to train on; None makes the one named in the checkpoint when `learn` needs it.
+            policy: a fresh module, where the run was started with a module of the user's own.
+            **overrides: fields of `ControlConfig` to change; functions for schedules.
+
+        Raises:
+            CheckpointError: a missing, truncated or foreign file.
+            ValueError: the checkpoint is of another environment, or of another policy.
+        """
+        path, tensors, meta = read_control_checkpoint(path)
+        if meta["custom_policy"] and policy is None:
+            raise ValueError(
+                f"{path} holds a policy of class {meta['custom_policy']}, whose code is not in the "
+                "checkpoint; pass a fresh one, as in PPO.load(path, policy=MyPolicy())"
+            )
+        self = cls.__new__(cls)
+        self.schedules = {f: overrides.pop(f) for f in SCHEDULED if callable(overrides.get(f))}
+        _check_fields(overrides)
+        config = config_from_dict(ControlConfig, {**meta["config"], **overrides})
+        num_envs = meta["num_envs"]
+        envs = None
+        if env is not None:
+            wanted = None if hasattr(env, "num_envs") else num_envs
+            envs = make_environments(env, config.num_envs or wanted, config.vectorization)
+            check_same_spaces(path, meta, envs)
+            num_envs = envs.num_envs
+        observation_space = space_from_json(meta["observation_space"])
+        action_space = space_from_json(meta["action_space"])
+        self._build(config, envs, observation_space, action_space, num_envs, policy)
+        self.env_id = self.env_id or meta["env_id"]
+        restore(self, path, tensors, meta)
+        return self
+
+    def close(self) -> None:
+        """Close the environments."""
+        if self.envs is not None:
+            self.envs.close()
+
+
+def _check_fields(overrides: dict[str, Any]) -> None:
+    known = {field.name for field in dataclasses.fields(ControlConfig)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise TypeError(
+            f"PPO: unknown setting {', '.join(unknown)}; ControlConfig has {', '.join(sorted(known))}"
+        )
+
+
+def _is_tensor(obs: Any) -> bool:
+    if isinstance(obs, dict):
+        return _is_tensor(next(iter(obs.values())))
+    if isinstance(obs, tuple):
+        return _is_tensor(obs[0])
+    return isinstance(obs, Tensor)

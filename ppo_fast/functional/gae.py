@@ -1,0 +1,356 @@
+"""Generalized Advantage Estimation: dense [T, N] rollouts and packed sequences.
+
+`gae` and `gae_packed` differ only in which value follows a row; the equation is in `_estimate`, the
+recursion in `_reverse_linear_scan_`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.dispatch import accelerated
+
+
+@accelerated
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Generalized Advantage Estimation (Schulman et al. 2016, eq. 16, arXiv:1506.02438).
+
+        delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+        A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1},   done = terminated or truncated
+
+    `s'_t` is the state the action of row t led to, before any reset. Its value is
+    `bootstrap_values[t]` where truncated, else the value of the next row, or `next_value` after the
+    last row. A row whose `mask` is False is no transition (an autoreset row, padding): the result
+    is what one gets with the row removed, and 0 in the row itself.
+
+    Flags belong to the row whose action ended the episode (Gymnasium, torchrl); libraries that mark
+    the row an episode *starts* with (Stable-Baselines3, CleanRL) have them one row later.
+
+    Args:
+        rewards: [T, N] floating, any strides.
+        values: [T, N] floating; V(s_t).
+        next_value: [N] floating, finite; the value of the state after the last row.
+        terminated: [T, N] bool; the action of row t reached a terminal state, whose value is 0.
+        truncated: [T, N] bool; the episode was cut after row t without ending. Where both flags
+            are set the row is terminated.
+        bootstrap_values: [T, N] floating; the value of the state the episode was cut in. Given
+            together with `truncated`, read only where it decides.
+        mask: [T, N] bool; False where a row is to be skipped. None skips no row. Skipped rows of
+            the other arguments are never read.
+        gamma: discount in [0, 1]; float or 0-d tensor.
+        gae_lambda: in [0, 1]; float or 0-d tensor.
+
+    Returns:
+        advantages, returns: [T, N] float32, or float64 where an input is; returns = advantages +
+        values. A NaN or infinity that is read spreads to the earlier rows of its column.
+
+    Raises:
+        ValueError: a shape, dtype, device or range that is not as above; one of `truncated` and
+            `bootstrap_values` without the other; an input that requires grad in grad mode, as
+            advantages are constants of the PPO loss.
+    """
+    if rewards.ndim != 2:
+        raise ValueError(f"gae: rewards is {list(rewards.shape)}; it must be [T, N], time first")
+    _check(
+        "gae",
+        rewards,
+        "[T, N]",
+        {"values": values, "bootstrap_values": bootstrap_values},
+        {"terminated": terminated, "truncated": truncated, "mask": mask},
+        {"gamma": gamma, "gae_lambda": gae_lambda},
+    )
+    _check_next_value("gae", next_value, rewards, rewards.shape[1], "N")
+    dtype = _result_dtype(rewards, values, next_value, bootstrap_values)
+    if rewards.numel() == 0:
+        return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+    values = values.to(dtype)
+    next_values = torch.empty_like(values)  # keeps the strides: mixed layouts double the time
+    next_values[:-1], next_values[-1] = values[1:], next_value
+    if mask is not None:
+        is_known = torch.cat((mask[1:], torch.ones_like(mask[:1])))
+        _skip_unknown_(next_values, is_known)
+    return _estimate(
+        rewards.to(dtype),
+        values,
+        next_values,
+        terminated,
+        truncated,
+        bootstrap_values,
+        mask,
+        gamma,
+        gae_lambda,
+    )
+
+
+@accelerated
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    cu_seqlens: Tensor,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`gae` over sequences of different lengths laid end to end; no sum crosses their boundaries.
+
+    Sequence i holds the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`; it may be empty. Padding
+    the sequences into the columns of a [T, N] batch and masking the padding gives the same numbers.
+
+    Args:
+        rewards: [total] floating, any stride.
+        values: [total] floating; V(s_t).
+        next_value: [num_seqs] floating, finite; the value after the last token of each sequence.
+        terminated: [total] bool; the token ends its episode (an end-of-sequence token).
+        cu_seqlens: [num_seqs + 1] int32 or int64, ascending from 0 to total. Its contents are
+            checked on the CPU only: reading them on a GPU would stall it.
+        truncated: [total] bool, as in `gae`.
+        bootstrap_values: [total] floating, as in `gae`.
+        mask: [total] bool; False where a token is skipped (a prompt's, a tool's).
+        gamma: discount in [0, 1]; float or 0-d tensor.
+        gae_lambda: in [0, 1]; float or 0-d tensor.
+
+    Returns:
+        advantages, returns: [total] float32, or float64 where an input is; returns = advantages +
+        values. A NaN or infinity that is read spreads to every earlier token.
+
+    Raises:
+        ValueError: as `gae`; `cu_seqlens` is not as above.
+    """
+    if rewards.ndim != 1:
+        raise ValueError(
+            f"gae_packed: rewards is {list(rewards.shape)}; it must be [total], the tokens of all "
+            "sequences end to end (use gae for [T, N])"
+        )
+    _check(
+        "gae_packed",
+        rewards,
+        "[total]",
+        {"values": values, "bootstrap_values": bootstrap_values},
+        {"terminated": terminated, "truncated": truncated, "mask": mask},
+        {"gamma": gamma, "gae_lambda": gae_lambda},
+    )
+    total = rewards.shape[0]
+    _check_cu_seqlens(cu_seqlens, rewards)
+    _check_next_value("gae_packed", next_value, rewards, cu_seqlens.shape[0] - 1, "num_seqs")
+    dtype = _result_dtype(rewards, values, next_value, bootstrap_values)
+    if total == 0:
+        return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+    values = values.to(dtype)
+
+    # An empty sequence has no last token: its entry goes to a spare slot behind all tokens.
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    last = torch.where(ends > starts, ends - 1, total).long()  # [num_seqs]
+    is_last = values.new_zeros(total + 1, dtype=torch.bool).index_fill_(0, last, True)[:total]
+    next_values = torch.cat((values[1:], values.new_zeros(2)))
+    next_values = next_values.index_copy_(0, last, next_value.to(dtype))[:total]
+    if mask is not None:
+        _skip_unknown_(next_values, is_last | mask.roll(-1))
+    return _estimate(
+        rewards.to(dtype),
+        values,
+        next_values,
+        terminated,
+        truncated,
+        bootstrap_values,
+        mask,
+        gamma,
+        gae_lambda,
+        is_last,
+    )
+
+
+def _estimate(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None,
+    bootstrap_values: Tensor | None,
+    mask: Tensor | None,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    is_last: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply the equation of `gae`, given the value that follows each row.
+
+    `is_last` marks rows after which another sequence begins; the last row of all needs no mark.
+    `next_values` is overwritten, and its memory and that of the discounts become the outputs: at
+    [128, 1024] touching fresh memory costs more than the arithmetic.
+    """
+    discounts = torch.logical_not(terminated, out=torch.empty_like(values)).mul_(gamma)
+    if truncated is not None and bootstrap_values is not None:
+        truncated = truncated & ~terminated
+        torch.where(truncated, bootstrap_values.to(values.dtype), next_values, out=next_values)
+    deltas = next_values.mul_(discounts).add_(rewards).sub_(values)
+
+    decays = discounts.mul_(gae_lambda)
+    if truncated is not None:
+        decays.masked_fill_(truncated, 0.0)
+    skipped = None if mask is None else ~mask
+    if skipped is not None:
+        # A skipped row hands on, undiscounted, what comes after it.
+        deltas.masked_fill_(skipped, 0.0)
+        decays.masked_fill_(skipped, 1.0)
+    if is_last is not None:
+        decays.masked_fill_(is_last, 0.0)
+
+    _reverse_linear_scan_(deltas, decays)
+    advantages, returns = deltas, torch.add(deltas, values, out=decays)
+    if skipped is not None:
+        advantages.masked_fill_(skipped, 0.0)
+        returns.masked_fill_(skipped, 0.0)
+    return advantages, returns
+
+
+def _skip_unknown_(next_values: Tensor, is_known: Tensor) -> None:
+    """Overwrite each entry that is not known with the next one along dim 0 that is."""
+    is_unknown = ~is_known
+    next_values.masked_fill_(is_unknown, 0.0)
+    _reverse_linear_scan_(next_values, is_unknown.to(next_values.dtype))
+
+
+def _reverse_linear_scan_(x: Tensor, decays: Tensor) -> None:
+    """Solve `x_t <- x_t + decays_t x_{t+1}` in place, from the last row of dim 0 to the first.
+
+    By odd-even reduction: each even row absorbs the odd row after it, the even rows are a scan of
+    half the length, and its results complete the odd rows. That is 3 calls for each halving and
+    about 3 multiply-adds for each entry, with no division and no term left out.
+
+    `decays` is overwritten; its last row is not read.
+    """
+    length = x.shape[0]
+    # On a CPU, bench_gae.py: below 8 rows a call for each row is cheaper, and from 4096 columns
+    # on a row's arithmetic outweighs its call, so the fewest passes over memory win.
+    is_wide = x.device.type == "cpu" and x[0].numel() >= 4096
+    if length <= 8 or (is_wide and not torch.compiler.is_compiling()):
+        rows, row_decays = x.unbind(0), decays.unbind(0)
+        for t in range(length - 2, -1, -1):
+            rows[t].addcmul_(row_decays[t], rows[t + 1])
+        return
+    pairs, inner = length // 2, (length - 1) // 2
+    even, odd = x[::2], x[1::2]
+    even_decays, odd_decays = decays[::2], decays[1::2][:inner]
+    even[:pairs].addcmul_(even_decays[:pairs], odd)
+    even_decays[:inner].mul_(odd_decays)
+    _reverse_linear_scan_(even, even_decays)
+    odd[:inner].addcmul_(odd_decays, even[1:])
+
+
+def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if doubles else torch.float32
+
+
+def _check(
+    op: str,
+    rewards: Tensor,
+    layout: str,
+    floats: dict[str, Tensor | None],
+    flags: dict[str, Tensor | None],
+    scalars: dict[str, float | Tensor],
+) -> None:
+    """Raise ValueError unless the arguments that share the shape of `rewards` fit together."""
+    _check_floating(op, "rewards", rewards, rewards)
+    for name, tensor in (*floats.items(), *flags.items()):
+        if tensor is not None and tensor.shape != rewards.shape:
+            raise ValueError(
+                f"{op}: {name} is {list(tensor.shape)}, rewards is {list(rewards.shape)}; both "
+                f"must be {layout}"
+            )
+    for name, tensor in floats.items():
+        if tensor is not None:
+            _check_floating(op, name, tensor, rewards)
+    for name, flag in flags.items():
+        if flag is not None and flag.dtype != torch.bool:
+            raise ValueError(f"{op}: {name} is {flag.dtype}; it must be bool, use {name}.bool()")
+        if flag is not None and flag.device != rewards.device:
+            _raise_device(op, name, flag, rewards)
+    for name, scalar in scalars.items():
+        if isinstance(scalar, Tensor):
+            if scalar.ndim != 0:
+                raise ValueError(
+                    f"{op}: {name} is a tensor of shape {list(scalar.shape)}; it must be a float "
+                    "or a 0-d tensor"
+                )
+            _check_no_grad(op, name, scalar)
+        elif not 0.0 <= scalar <= 1.0:
+            raise ValueError(f"{op}: {name} is {scalar}; it must lie in [0, 1]")
+    if floats["bootstrap_values"] is None and flags["truncated"] is not None:
+        raise ValueError(
+            f"{op}: truncated is given without bootstrap_values; pass the values of the states the "
+            "episodes were cut in (values of the final observations)"
+        )
+    if floats["bootstrap_values"] is not None and flags["truncated"] is None:
+        raise ValueError(
+            f"{op}: bootstrap_values is given without truncated; pass both, or neither where no "
+            "episode was cut"
+        )
+
+
+def _check_next_value(op: str, next_value: Tensor, rewards: Tensor, count: int, name: str) -> None:
+    if next_value.shape != (count,):
+        raise ValueError(
+            f"{op}: next_value is {list(next_value.shape)}; it must be [{name}], here [{count}]"
+        )
+    _check_floating(op, "next_value", next_value, rewards)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rewards: Tensor) -> None:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1:
+        raise ValueError(
+            f"gae_packed: cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}; it must be "
+            "int32 or int64 [num_seqs + 1]"
+        )
+    if cu_seqlens.device != rewards.device:
+        _raise_device("gae_packed", "cu_seqlens", cu_seqlens, rewards)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("gae_packed: cu_seqlens is empty; it must hold at least the leading 0")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    total = rewards.shape[0]
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != total:
+        raise ValueError(
+            f"gae_packed: cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; it "
+            f"must run from 0 to the number of tokens, {total}"
+        )
+    if bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError("gae_packed: cu_seqlens descends; it must hold cumulative lengths")
+
+
+def _check_floating(op: str, name: str, tensor: Tensor, rewards: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{op}: {name} is {tensor.dtype}; it must be floating, use {name}.float()")
+    if tensor.device != rewards.device:
+        _raise_device(op, name, tensor, rewards)
+    _check_no_grad(op, name, tensor)
+
+
+def _check_no_grad(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {name} requires grad, but advantages are constants of the loss; pass "
+            f"{name}.detach() or call under torch.no_grad()"
+        )
+
+
+def _raise_device(op: str, name: str, tensor: Tensor, rewards: Tensor) -> None:
+    raise ValueError(
+        f"{op}: {name} is on {tensor.device}, rewards is on {rewards.device}; move one of them"
+    )

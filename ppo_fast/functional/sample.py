@@ -1,0 +1,134 @@
+"""Draw from a categorical policy and report log-probability and entropy from the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.dispatch import accelerated
+from ppo_fast.functional.log_probs import (
+    Scratch,
+    check_logits,
+    check_mask,
+    check_temperature,
+    compute_dtype,
+    concatenated,
+    may_ask,
+    row_blocks,
+    rows_per_block,
+    shifted,
+    softmax_stats,
+)
+from ppo_fast.results import Sample
+
+SEGMENT = 512
+"""Columns summed as one before the search: two short cumulative sums instead of one of length V."""
+
+
+@accelerated
+@torch.no_grad()
+def sample_from_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+) -> Sample:
+    """Draw one index per row from softmax(logits / temperature).
+
+    Inverse transform in two steps: one uniform number picks a segment of 512 columns by its mass, a
+    second one the column inside it, both by float64 cumulative sums. Two random numbers a row then
+    serve any V, where Gumbel noise takes V. A logit of -inf is never drawn.
+
+    Nothing is differentiated: `log_probs_from_logits` at the drawn actions gives the same
+    log-probabilities with gradient.
+
+    Args:
+        logits: [M, V] floating point; leading stride free, one copy if the last dimension is not
+            contiguous.
+        temperature: T > 0, a number or a 0-d tensor (its sign is not checked).
+        generator: source of the random numbers, on the device of the logits; None is PyTorch's
+            global one. The draws depend on its state and on M, not on how the work is cut up.
+        mask: [M] bool; the row mask, not an action mask (which is logits of -inf). Where False
+            action, log-probability and entropy are 0, and what the logits hold does not matter.
+
+    Returns:
+        `Sample(actions, log_probs, entropy)`, [M] each.
+
+    Raises:
+        NotImplementedError: called under a `torch.func` transform.
+        ValueError: shapes or dtypes do not fit, V is 0, temperature is not a positive number; on
+            the CPU also if an unmasked row is all -inf or holds NaN or +inf. A GPU is not asked:
+            such rows come back with log-probability -inf or NaN.
+    """
+    name = "sample_from_logits"
+    check_logits(name, logits)
+    if logits.dim() != 2:
+        raise ValueError(
+            f"{name}: logits are {list(logits.shape)}; expected [M, V], "
+            "use logits.flatten(0, -2) and reshape the results"
+        )
+    check_mask(name, mask, logits.shape[:1])
+    divisor = check_temperature(name, temperature)
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    dtype = compute_dtype(logits)
+    count = logits.shape[0]
+    # torch.rand is below 1, so the target stays below the total and the search inside the row.
+    uniform = torch.rand(count, 2, dtype=torch.float64, device=logits.device, generator=generator)
+    rows = rows_per_block(logits)
+    scratch = Scratch(logits, rows, 2, dtype)
+    parts, picked = [], []
+    for own, (block,) in row_blocks(rows, logits):
+        stats, e = softmax_stats(block, dtype, divisor, True, scratch[0, own], scratch[1, own])
+        parts.append(stats)
+        picked.append(_pick(e, uniform[own]))
+    maximum, total, weighted = concatenated(parts)
+    actions = torch.cat(picked)
+    if may_ask(logits):
+        _check_rows(name, total, mask)
+
+    total = total.clamp(min=1.0)
+    log_total = total.log()
+    target = shifted(logits.gather(1, actions).to(dtype), maximum, divisor, None)
+    results = [actions, target - log_total, log_total - weighted / total]
+    if mask is not None:
+        hidden = ~mask.unsqueeze(1)
+        results = [result.masked_fill_(hidden, 0) for result in results]
+    return Sample(*(result.squeeze(1) for result in results))
+
+
+def _pick(e: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a column per row in proportion to e, [R, V] >= 0, from two uniforms; [R, 1] int64."""
+    width = e.shape[1]
+    if width <= SEGMENT:
+        return _search(e, uniform[:, 1:])
+    whole = width // SEGMENT * SEGMENT
+    mass = e[:, :whole].unflatten(1, (-1, SEGMENT)).sum(-1)
+    if whole < width:
+        mass = torch.cat([mass, e[:, whole:].sum(-1, keepdim=True)], 1)
+    start = _search(mass, uniform[:, :1]) * SEGMENT
+    columns = start + torch.arange(SEGMENT, device=e.device)
+    inside = e.gather(1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, 0.0)
+    return start + _search(inside, uniform[:, 1:])
+
+
+def _search(weights: Tensor, uniform: Tensor) -> Tensor:
+    """First column whose cumulative weight exceeds uniform x total: its own weight is not 0."""
+    cumulative = weights.cumsum(1, dtype=torch.float64)
+    target = uniform * cumulative[:, -1:]
+    # The bound serves rows without a distribution, whose search runs off the end.
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[1] - 1)
+
+
+def _check_rows(name: str, total: Tensor, mask: Tensor | None) -> None:
+    bad = ~(total.squeeze(1) >= 1.0)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        what = "is all -inf" if total[row] == 0 else "holds NaN or +inf"
+        raise ValueError(
+            f"{name}: row {row} of the logits {what}, so there is nothing to draw from; "
+            "leave one action legal or mask the row"
+        )

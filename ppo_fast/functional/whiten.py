@@ -1,0 +1,57 @@
+"""Whitening of advantages or rewards over the unmasked entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.dispatch import accelerated
+from ppo_fast.functional._surrogate import compute_dtype, standardize
+
+
+@accelerated
+def masked_whiten(
+    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, eps: float | Tensor = 1e-8
+) -> Tensor:
+    """Give the unmasked entries mean 0 and standard deviation 1.
+
+        y = (x - mean) / (std + eps),   std unbiased (division by n - 1)
+
+    `eps` is added to the standard deviation, as CleanRL and Stable-Baselines3 do; TRL and verl have
+    it inside the root, (x - mean) rsqrt(var + eps). The variance is taken in a second pass over
+    x - mean, so a large mean costs no precision and equal entries become exactly 0.
+
+    Args:
+        x: any shape, floating; a constant.
+        mask: same shape, bool. False: the entry is never read (it may be NaN) and comes out 0.
+        shift_mean: False adds the mean back, so that only the scale changes (Ziegler et al. 2019,
+            arXiv:1909.08593, whiten rewards so).
+        eps: float or 0-d tensor.
+
+    Returns:
+        The shape of x; float32, or float64 where x is. Fewer than two unmasked entries have no
+        scale and come out unchanged, masked ones 0.
+
+    Raises:
+        ValueError: the mask is not bool or misshapen, or x requires a gradient.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "masked_whiten: x requires a gradient; expected a constant, use x.detach()"
+        )
+    flat = x.reshape(-1).to(compute_dtype(x))
+    keep = None
+    count: float | Tensor = x.numel()
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != x.shape:
+            raise ValueError(
+                f"masked_whiten: mask is {list(mask.shape)} {mask.dtype}; expected "
+                f"{list(x.shape)} torch.bool"
+            )
+        flat = flat.masked_fill(~mask.reshape(-1), 0.0)
+        keep = mask.reshape(-1).to(flat.dtype)
+        count = mask.sum().to(flat.dtype)
+    whitened, mean = standardize(flat, keep, count, eps)
+    if not shift_mean:
+        whitened = whitened + (mean if keep is None else mean * keep)
+    return whitened.reshape(x.shape)
