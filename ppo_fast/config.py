@@ -49,7 +49,7 @@ class PPOConfig:
     dual_clip: float | None = None
     """c > 1 bounds the objective below by c * advantage where the advantage is negative"""
     vf_coef: float = 0.5
-    """weight of the value loss 0.5 * (value - return)^2 (half of SB3's vf_coef)"""
+    """weight of the value loss 0.5 * (value - return)^2 (twice the vf_coef of SB3, which has no 0.5)"""
     vf_clip_coef: float | None = 0.2
     """values are clipped to within this of the old values, in reward units; None for no clip"""
     vf_clip: Literal["max", "clipped"] = "max"

@@ -39,7 +39,7 @@ def oracle(logits, index, temperature=1.0):
 def oracle_rows(logits, index, temperature=1.0):
     rows = [oracle(row, int(i), temperature) for row, i in zip(logits, index, strict=True)]
     log_probs, entropy = zip(*rows, strict=True)
-    return torch.tensor(log_probs).double(), torch.tensor(entropy).double()
+    return torch.tensor(log_probs, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64)
 
 
 def naive(logits, index):
@@ -333,7 +333,7 @@ def test_all_rows_masked(path):
 
 @pytest.mark.parametrize("width", [5, 300])
 def test_temperature_divides_the_logits(path, width):
-    logits, index, g, h = case(4, width)
+    logits, index, _, _ = case(4, width)
     for temperature in (0.5, 3.0):
         ours = log_probs_from_logits(logits, index, temperature=temperature, with_entropy=True)
         for got, want in zip(ours, oracle_rows(logits, index, temperature), strict=True):
@@ -360,7 +360,7 @@ def test_temperature_must_be_positive(temperature):
 
 
 def test_temperature_is_not_differentiated():
-    with pytest.raises(ValueError, match="temperature.detach"):
+    with pytest.raises(ValueError, match=r"temperature\.detach"):
         log_probs_from_logits(
             torch.randn(2, 3),
             torch.tensor([0, 1]),
@@ -387,7 +387,7 @@ def layouts():
     yield "expanded in the middle", torch.randn(5, 1, 12).expand(5, 3, 12)
 
 
-@pytest.mark.parametrize(("name", "logits"), layouts(), ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize(("name", "logits"), list(layouts()), ids=lambda value: str(value)[:20])
 def test_any_strides(path, name, logits):
     torch.manual_seed(0)
     index = torch.randint(12, logits.shape[:-1])
@@ -489,16 +489,15 @@ def test_double_backward_is_refused(path):
     logits, index, _, _ = case(3, 4)
     logits.requires_grad_()
     log_probs = log_probs_from_logits(logits, index)
-    (grad,) = torch.autograd.grad(log_probs.sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="log_probs_from_logits: .*create_graph"):
+        torch.autograd.grad(log_probs.sum(), logits, create_graph=True)
 
 
 def test_function_transforms_are_refused():
     logits, index, _, _ = case(3, 4)
-    with pytest.raises(NotImplementedError, match="log_probs_from_logits: torch.func"):
+    with pytest.raises(NotImplementedError, match=r"log_probs_from_logits: torch\.func"):
         torch.func.vmap(log_probs_from_logits)(logits, index)
-    with pytest.raises(NotImplementedError, match="log_probs_from_logits: torch.func"):
+    with pytest.raises(NotImplementedError, match=r"log_probs_from_logits: torch\.func"):
         torch.func.grad(lambda x: log_probs_from_logits(x, index).sum())(logits)
 
 

@@ -1,7 +1,7 @@
 """Settings that solve well-known environments; `ppo-fast train ID` starts from them.
 
-From rl-zoo3's hyperparams/ppo.yml (vf_coef halved, since its value loss has no 1/2) and CleanRL's
-scripts, adjusted where noted.
+From rl-zoo3's hyperparams/ppo.yml (vf_coef doubled, since our value loss has a factor 1/2 and SB3's
+has none) and CleanRL's scripts, adjusted where noted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ppo_fast.config import ControlConfig
 _ZOO: dict[str, Any] = {
     "learning_rate": 3e-4,
     "anneal_lr": False,
-    "vf_coef": 0.25,
+    "vf_coef": 1.0,
     "vf_clip_coef": None,
     "ent_coef": 0.0,
     "update_epochs": 10,

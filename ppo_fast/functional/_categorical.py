@@ -39,7 +39,7 @@ class Head(NamedTuple):
     probs_log_probs: Tensor
     """p log p, whose sum is minus the entropy."""
     index: Tensor
-    """[1, M] or [M, 1]: the action taken."""
+    """The action taken, [1, M] or [M, 1]."""
     log_probs: Tensor
     """[M], of the actions taken."""
     neg_entropy: Tensor
@@ -86,7 +86,7 @@ def check(
         raise ValueError(f"{op}: temperature is {temperature}; expected a number > 0")
     sizes = (size,) if head_sizes is None else tuple(head_sizes)
     return Policy(
-        logits.reshape(-1, size),
+        logits if logits.ndim == 2 else logits.reshape(-1, size),
         actions.reshape(-1, len(sizes)).to(torch.int64),
         action_mask,
         sizes,
@@ -102,7 +102,7 @@ def sweep(
     step = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(1, size)))
     if number <= step:
         part, gradient = _block(policy, rows, t, dtype, wants_gradient)
-        return part, None if gradient is None else gradient.to(policy.logits.dtype)
+        return part, gradient if gradient is None else gradient.to(policy.logits.dtype)
     whole = torch.empty_like(policy.logits) if wants_gradient else None
     parts = []
     for start in range(0, number, step):
@@ -134,13 +134,14 @@ def _block(
 ) -> tuple[Surrogate, Tensor | None]:
     dim = 0 if max(policy.head_sizes) < FEATURE_MAJOR_BELOW else 1
     logits = _lay_out(policy, rows.drop, dtype, dim)
-    actions = policy.actions
+    actions = policy.actions if dim == 1 else policy.actions.t()
     if rows.drop is not None:
-        actions = actions.masked_fill(rows.drop.unsqueeze(1), 0)
-    heads = [
-        _head(part, actions[:, k], dim)
-        for k, part in enumerate(logits.split(policy.head_sizes, dim))
-    ]
+        actions = actions.masked_fill(rows.drop.unsqueeze(dim), 0)
+    if len(policy.head_sizes) == 1:
+        heads = [_head(logits, actions, dim)]
+    else:
+        parts = zip(logits.split(policy.head_sizes, dim), actions.split(1, dim), strict=True)
+        heads = [_head(*part, dim) for part in parts]
     log_probs, neg_entropy = heads[0].log_probs, heads[0].neg_entropy
     for head in heads[1:]:
         log_probs = log_probs + head.log_probs
@@ -162,7 +163,8 @@ def _lay_out(policy: Policy, drop: Tensor | None, dtype: torch.dtype, dim: int) 
     if dim == 0:
         logits = torch.empty(logits.shape[::-1], dtype=dtype, device=logits.device).copy_(logits.t())
         action_mask = None if action_mask is None else action_mask.t()
-    logits = logits.to(dtype)
+    else:
+        logits = logits.to(dtype)
     if isinstance(policy.temperature, Tensor) or policy.temperature != 1.0:
         logits = logits / policy.temperature
     if action_mask is not None:
@@ -170,14 +172,16 @@ def _lay_out(policy: Policy, drop: Tensor | None, dtype: torch.dtype, dim: int) 
     return logits if drop is None else logits.masked_fill(drop.unsqueeze(dim), 0.0)
 
 
-def _head(logits: Tensor, actions: Tensor, dim: int) -> Head:
-    """Evaluate one head; `dim` is the dimension of `logits` that runs over actions."""
+def _head(logits: Tensor, index: Tensor, dim: int) -> Head:
+    """Evaluate one head; `dim` is the dimension of `logits` that runs over actions.
+
+    `index` is [1, M] or [M, 1], as `dim` is 0 or 1.
+    """
     log_probs = torch.log_softmax(logits, dim)
     # By the logits, not by what came out: a row of -inf alone comes out as NaN.
     log_probs.masked_fill_(torch.isneginf(logits), ILLEGAL)
     probs = log_probs.exp()
     probs_log_probs = probs * log_probs
-    index = actions.unsqueeze(dim)
     taken = log_probs.gather(dim, index).squeeze(dim)
     return Head(probs, probs_log_probs, index, taken, probs_log_probs.sum(dim))
 

@@ -349,10 +349,10 @@ def assemble(
             count = sums.new_full((), count)
         extremes = torch.stack((part.ratio_deviation, count))
         stats = torch.cat((sums * inv_n, extremes))
-        policy_loss, value_loss, entropy, kl, old_kl = stats[:5].unbind()
-        loss = plus(policy_loss.clone(), value_loss, t.vf_coef)
-        loss = plus(loss, entropy, -t.ent_coef)
-        loss = plus(plus(loss, kl, t.kl_coef), old_kl, t.old_kl_coef)
+        loss = stats[0].clone()
+        for coef, index in ((t.vf_coef, 1), (t.ent_coef, 2), (t.kl_coef, 3), (t.old_kl_coef, 4)):
+            if is_on(coef):
+                loss = plus(loss, stats[index], -coef if index == 2 else coef)
     if torch.is_grad_enabled():
         pairs = [(x, g.view(x.shape)) for x, g in gradients if x is not None and x.requires_grad]
         if pairs:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.dispatch import accelerated
 from ppo_fast.functional.log_probs import (
@@ -18,6 +17,7 @@ from ppo_fast.functional.log_probs import (
     compute_dtype,
     converted,
     may_ask,
+    refuse_double_backward,
     row_blocks,
     row_maximum,
     rows_per_block,
@@ -139,8 +139,10 @@ def _kl(
     p_total, q_total = p_total.clamp(min=1.0), q_total.clamp(min=1.0)
     mean = weighted / p_total
     infinite = mean == math.inf
-    kl = (mean - (p_total.log() - q_total.log())).clamp_(min=0.0).masked_fill_(no_terms, 0.0)
-    kl = kl.view(logits.shape[:-1])
+    shape = logits.shape[:-1]
+    # Reshaped before the last operation: a view could not be edited in place by the caller.
+    kl = (mean - (p_total.log() - q_total.log())).view(shape).clamp(min=0.0)
+    kl.masked_fill_(no_terms.view(shape), 0.0)
     if mask is not None:
         kl.masked_fill_(~mask, 0.0)
     mean, dead = mean.masked_fill(infinite, 0.0), infinite | no_terms
@@ -205,8 +207,8 @@ class _KL(torch.autograd.Function):
         return kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_double_backward("kl_from_logits")
         logits, ref_logits, mask, *saved = ctx.saved_tensors
         g = (g if mask is None else g.masked_fill(~mask, 0.0)).reshape(-1)
         gradient = _gradient(logits, ref_logits, ctx.forward_direction, _Rows(*saved), g)

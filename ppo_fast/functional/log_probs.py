@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.dispatch import accelerated
 
@@ -162,6 +161,16 @@ def check_temperature(name: str, temperature: float | Tensor) -> float | Tensor 
             "(for greedy actions take logits.argmax(-1))"
         )
     return None if temperature == 1.0 else temperature
+
+
+def refuse_double_backward(name: str) -> None:
+    """Raise in a backward that is itself recorded (`create_graph=True`)."""
+    # once_differentiable would not do: with a constant upstream gradient it drops the term silently.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name}: its gradient is not differentiable, but create_graph=True asks for that; "
+            "use torch.log_softmax where second derivatives are needed"
+        )
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -366,13 +375,14 @@ def _whole(
     # A row with NaN, +inf or nothing but -inf is NaN here; those are left to `_blocked`.
     if not math.isfinite(chosen.sum()):
         return None
-    log_probs = chosen.view(index.shape)
+    # Not a view, which the caller could not edit in place.
+    log_probs = chosen.squeeze_(dim) if index.dim() == 1 else chosen.view(index.shape).clone()
     if not with_entropy:
         return log_probs, log_probs, _Whole(log_p, None, None, None)
     p = log_p.exp()
     p_log_p = log_p.clamp_(min=LOWEST).mul_(p)
     neg_entropy = p_log_p.sum(dim)
-    return log_probs, neg_entropy.neg().view(index.shape), _Whole(None, p, p_log_p, neg_entropy)
+    return log_probs, neg_entropy.view(index.shape).neg(), _Whole(None, p, p_log_p, neg_entropy)
 
 
 def _whole_gradient(
@@ -431,11 +441,12 @@ def _blocked(
     total = total.clamp(min=1.0)
     log_total = total.log()
     target = shifted(target, maximum, divisor, None)
-    log_probs = (target - log_total).view(index.shape)
+    log_total = log_total.view(index.shape)
+    log_probs = target.view(index.shape) - log_total
     if not with_entropy:
         return log_probs, log_probs, _Rows(maximum, total, weighted, target)
     mean = weighted / total
-    entropy = (log_total - mean).view(index.shape)
+    entropy = log_total - mean.view(index.shape)
     return log_probs, entropy, _Rows(maximum, total, mean, target)
 
 
@@ -515,10 +526,10 @@ class _LogProbs(torch.autograd.Function):
         return log_probs, entropy if with_entropy else None
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, g: Tensor | None, h: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
+        refuse_double_backward("log_probs_from_logits")
         if g is None and h is None:
             return None, None, None, None, None
         logits, index, mask, tensor, *saved = ctx.saved_tensors
