@@ -22,14 +22,30 @@ GAMMA, LAMBDA = 0.99, 0.95
 HYPER: dict[str, Any] = {"gamma": GAMMA, "gae_lambda": LAMBDA}
 
 
-def expected_advantages(rewards: Tensor, values: Tensor, following: Tensor, done: Tensor) -> Tensor:
-    """Apply the definition in float64, row by row; `following` is 0 where terminated."""
-    rewards, values, following = rewards.double(), values.double(), following.double()
-    advantages, carry = torch.empty_like(rewards), torch.zeros_like(rewards[0])
+def expected_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Apply the definition in float64, row by row."""
+    rewards, values, following = rewards.double(), values.double(), next_value.double()
+    advantages, carry = torch.zeros_like(rewards), torch.zeros_like(following)
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] + GAMMA * following[t] - values[t]
-        carry = delta + GAMMA * LAMBDA * torch.where(done[t], 0.0, carry)
-        advantages[t] = carry
+        target, carried = following, carry
+        if truncated is not None and bootstrap_values is not None:
+            target = torch.where(truncated[t], bootstrap_values[t].double(), target)
+            carried = torch.where(truncated[t], 0.0, carried)
+        target = torch.where(terminated[t], 0.0, target)
+        carried = torch.where(terminated[t], 0.0, carried)
+        advantage = rewards[t] + GAMMA * target - values[t] + GAMMA * LAMBDA * carried
+        kept = torch.ones_like(terminated[t]) if mask is None else mask[t]
+        advantages[t] = torch.where(kept, advantage, 0.0)
+        carry = torch.where(kept, advantage, carry)
+        following = torch.where(kept, values[t], following)
     return advantages
 
 
@@ -88,22 +104,20 @@ def our_arms(
     # An autoreset row after each end, as Gymnasium's NEXT_STEP makes.
     mask = torch.cat((torch.ones(1, N, dtype=torch.bool), ~terminated[:-1]))
     rows: tuple[Any, ...] = rewards, values, next_value, terminated
-    with_truncated = (*rows, truncated, bootstrap)
     turned = tuple(x.t().contiguous().t() if x.ndim == 2 else x for x in rows)
     packed = (*(x.t().reshape(-1) for x in rows), torch.arange(N + 1) * T)
-    cut = truncated & ~terminated
-    following = torch.cat((values[1:], next_value[None])).masked_fill(terminated, 0.0)
-    cut_following = torch.where(cut, bootstrap, following)
-    expected_truncated = expected_advantages(rewards, values, cut_following, terminated | cut)
+    with_truncated = (*rows, truncated, bootstrap)
+    with_mask = (*rows, None, None, mask)
 
     check("gae", gae(*rows, **HYPER)[0], expected)
     check("gae, [B, T].t()", gae(*turned, **HYPER)[0], expected)
     check("gae_packed", gae_packed(*packed, **HYPER)[0].view(N, T).t(), expected)
-    check("gae, truncated", gae(*with_truncated, **HYPER)[0], expected_truncated)
+    for arguments in (with_truncated, with_mask):
+        check("gae, options", gae(*arguments, **HYPER)[0], expected_advantages(*arguments))
     return {
         "gae": lambda: gae(*rows, **HYPER),
         "gae, truncated": lambda: gae(*with_truncated, **HYPER),
-        "gae, mask": lambda: gae(*rows, mask=mask, **HYPER),
+        "gae, mask": lambda: gae(*with_mask, **HYPER),
         "gae, [B, T].t()": lambda: gae(*turned, **HYPER),
         "gae_packed": lambda: gae_packed(*packed, **HYPER),
     }
@@ -121,8 +135,7 @@ def main() -> None:
     for T, N in SHAPES:
         rewards, values = torch.randn(2, T, N)
         next_value, terminated = torch.randn(N), torch.rand(T, N) < 0.01
-        following = torch.cat((values[1:], next_value[None])).masked_fill(terminated, 0.0)
-        expected = expected_advantages(rewards, values, following, terminated)
+        expected = expected_advantages(rewards, values, next_value, terminated)
         batch = (rewards, values, next_value, terminated, expected)
         arms = our_arms(*batch) | stable_baselines3_arm(*batch) | torchrl_arms(*batch)
         timings = compare(arms, rounds=arguments.rounds)

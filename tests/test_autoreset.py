@@ -7,7 +7,7 @@ from chain import Chain, ChainPolicy, NativeChain, TensorChain, transitions, val
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from ppo_fast.control.collect import Collector
-from ppo_fast.control.envs import make_environments
+from ppo_fast.control.make_envs import make_environments
 from ppo_fast.distributions import Categorical
 
 N, T = 3, 40

@@ -1,13 +1,18 @@
 """Saving and restoring the state of environments that allow it.
 
 Supported: an environment with `state_dict()` and `load_state_dict(state)`; Gymnasium's classic
-control and toy text environments, whose whole state is in plain attributes; MuJoCo environments;
-each of them alone, under Gymnasium's stateless or counting wrappers, in `SyncVectorEnv`, and
-Gymnasium's native vector CartPole. Everything else gives None: such a run resumes with new episodes.
+control, toy text and MuJoCo environments; each of them alone, under Gymnasium's stateless or
+counting wrappers, in `SyncVectorEnv`, and Gymnasium's native vector CartPole. Everything else gives
+None: such a run resumes with new episodes.
+
+Only what an episode changes is saved. Physical constants, maps and rendering stay those of the
+environment that is restored into.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from typing import Any
 
 import gymnasium as gym
@@ -16,13 +21,58 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
 
-# Environments and wrappers whose state is exactly their plain attributes and random generators.
-PLAIN_STATE = (
-    "gymnasium.envs.classic_control",
-    "gymnasium.envs.toy_text",
-    "gymnasium.wrappers.common",
-    "gymnasium.wrappers.atari_preprocessing",
+# What an episode changes in Gymnasium's own classes, beside the random generator. Subclasses may
+# add state, so only these very classes count.
+EPISODE_STATE: dict[str, tuple[str, ...]] = {
+    "gymnasium.envs.classic_control.acrobot.AcrobotEnv": ("state",),
+    "gymnasium.envs.classic_control.cartpole.CartPoleEnv": ("state", "steps_beyond_terminated"),
+    "gymnasium.envs.classic_control.cartpole.CartPoleVectorEnv": (
+        "state",
+        "steps",
+        "prev_done",
+        "steps_beyond_terminated",
+        "low",
+        "high",
+    ),
+    "gymnasium.envs.classic_control.continuous_mountain_car.Continuous_MountainCarEnv": ("state",),
+    "gymnasium.envs.classic_control.mountain_car.MountainCarEnv": ("state",),
+    "gymnasium.envs.classic_control.pendulum.PendulumEnv": ("state", "last_u"),
+    "gymnasium.envs.toy_text.blackjack.BlackjackEnv": (
+        "player",
+        "dealer",
+        "dealer_top_card_suit",
+        "dealer_top_card_value_str",
+    ),
+    "gymnasium.envs.toy_text.cliffwalking.CliffWalkingEnv": ("s", "lastaction"),
+    "gymnasium.envs.toy_text.frozen_lake.FrozenLakeEnv": ("s", "lastaction"),
+    "gymnasium.envs.toy_text.taxi.TaxiEnv": ("s", "lastaction", "fickle_step", "taxi_orientation"),
+    "gymnasium.wrappers.common.OrderEnforcing": ("_has_reset",),
+    "gymnasium.wrappers.common.PassiveEnvChecker": (),
+    "gymnasium.wrappers.common.RecordEpisodeStatistics": (
+        "episode_count",
+        "episode_returns",
+        "episode_lengths",
+        "return_queue",
+        "length_queue",
+        "time_queue",
+    ),
+    "gymnasium.wrappers.common.TimeLimit": ("_elapsed_steps",),
+}
+
+# Their classes have no state but, in the Transform* ones, what a user's function may hide.
+STATELESS_WRAPPERS = (
+    "gymnasium.wrappers.transform_action",
+    "gymnasium.wrappers.transform_observation",
+    "gymnasium.wrappers.transform_reward",
 )
+
+MUJOCO = "gymnasium.envs.mujoco."
+# Drawn by a reset, in Pusher and Reacher.
+MUJOCO_ATTRIBUTES = ("cylinder_pos", "goal", "goal_pos")
+# Derived from the state one substep late; Ant and Humanoid read them before they step.
+MUJOCO_DERIVED = ("xipos", "xpos")
+
+GENERATOR = "_np_random"
 
 State = dict[str, Any]
 """JSON data in which arrays stand as {"tensor": name}, random generators as {"generator": ...}."""
@@ -31,7 +81,16 @@ State = dict[str, Any]
 def capture_state(env: Any) -> tuple[State, dict[str, Tensor]] | None:
     """Capture an environment's state as JSON data and named tensors; None where it offers none."""
     tensors: dict[str, Tensor] = {}
-    state = _capture(env, "env_state", tensors)
+    try:
+        state = _capture(env, "env_state", tensors)
+    except _NotPlainError as error:
+        warnings.warn(
+            f"the environment's state is not saved, a resumed run starts new episodes: {error}; "
+            "state_dict() may hold None, numbers, strings, arrays, tensors, numpy generators, and "
+            "lists, tuples and dicts of these",
+            stacklevel=2,
+        )
+        return None
     return None if state is None else (state, tensors)
 
 
@@ -41,132 +100,158 @@ def restore_state(env: Any, state: State, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: the state is of another kind of environment.
     """
-    _restore(env, state, tensors)
+    kind, of = state["kind"], state["of"]
+    name = _class_name(env)
+    if kind == "state_dict" and _has_state_dict(env):
+        env.load_state_dict(_unpack(state["data"], tensors))
+        return
+    if of != name or (kind == "sync" and state["mode"] != env.autoreset_mode.value):
+        mode = f" ({state['mode']})" if kind == "sync" else ""
+        raise ValueError(
+            f"the saved environment state is of a {of}{mode} and does not fit {name}; resume with "
+            "the environment the run was started with"
+        )
+    if kind == "sync":
+        if len(env.envs) != len(state["envs"]):
+            raise ValueError(
+                f"the saved state is of {len(state['envs'])} environments, these are "
+                f"{len(env.envs)}; resume with as many"
+            )
+        for child, saved in zip(env.envs, state["envs"], strict=True):
+            restore_state(child, saved, tensors)
+        env._autoreset_envs = _unpack(state["autoreset"], tensors)
+        return
+    if kind == "wrapper":
+        restore_state(env.env, state["env"], tensors)
+    for attribute, value in state["own"].items():
+        setattr(env, attribute, _unpack(value, tensors))
+    if kind == "mujoco":
+        _set_mujoco_state(env, _unpack(state["data"], tensors))
 
 
 def _capture(env: Any, path: str, tensors: dict[str, Tensor]) -> State | None:
-    if hasattr(env, "state_dict") and hasattr(env, "load_state_dict"):
-        return {"kind": "state_dict", "data": _pack(env.state_dict(), path, tensors)}
-    if isinstance(env, SyncVectorEnv):
+    state: State = {"of": _class_name(env)}
+    if _has_state_dict(env):
+        return {**state, "kind": "state_dict", "data": _pack(env.state_dict(), path, tensors)}
+    if type(env) is SyncVectorEnv:
         children = [_capture(child, f"{path}.{i}", tensors) for i, child in enumerate(env.envs)]
         if any(child is None for child in children):
             return None
         flags = _pack(env._autoreset_envs, f"{path}.autoreset", tensors)
-        return {"kind": "sync", "envs": children, "autoreset": flags}
-    if isinstance(env, gym.Wrapper | gym.vector.VectorWrapper):
+        mode = env.autoreset_mode.value
+        return {**state, "kind": "sync", "mode": mode, "envs": children, "autoreset": flags}
+    attributes = _episode_state(env)
+    if attributes is None:
+        return None
+    own = {
+        name: _pack(getattr(env, name), f"{path}.{name}", tensors)
+        for name in attributes
+        if hasattr(env, name)
+    }
+    state["own"] = own
+    if isinstance(env, gym.Wrapper):
         inner = _capture(env.env, f"{path}.env", tensors)
-        if inner is None or not _is_plain(env):
-            return None
-        own = {k: v for k, v in vars(env).items() if k != "env"}
-        return {"kind": "wrapper", "own": _pack_plain(own, path, tensors), "env": inner}
+        return None if inner is None else {**state, "kind": "wrapper", "env": inner}
     if _is_mujoco(env):
-        own = _pack_plain(vars(env), f"{path}.attributes", tensors)
-        return {"kind": "mujoco", "own": own, "data": _pack(_mujoco_state(env), path, tensors)}
-    if _is_plain(env):
-        return {"kind": "plain", "own": _pack_plain(vars(env), path, tensors)}
-    return None
+        data = _pack(_mujoco_state(env), f"{path}.data", tensors)
+        return {**state, "kind": "mujoco", "data": data}
+    return {**state, "kind": "plain"}
 
 
-def _restore(env: Any, state: State, tensors: dict[str, Tensor]) -> None:
-    kind = state["kind"]
-    if kind == "state_dict" and hasattr(env, "load_state_dict"):
-        env.load_state_dict(_unpack(state["data"], tensors))
-    elif kind == "sync" and isinstance(env, SyncVectorEnv) and len(env.envs) == len(state["envs"]):
-        for child, saved in zip(env.envs, state["envs"], strict=True):
-            _restore(child, saved, tensors)
-        env._autoreset_envs = _unpack(state["autoreset"], tensors)
-    elif kind == "wrapper" and isinstance(env, gym.Wrapper | gym.vector.VectorWrapper):
-        _restore(env.env, state["env"], tensors)
-        _set_plain(env, state["own"], tensors)
-    elif kind == "mujoco" and _is_mujoco(env):
-        import mujoco
-
-        _set_plain(env, state["own"], tensors)
-        data = _unpack(state["data"], tensors)
-        mujoco.mj_setState(env.model, env.data, data, mujoco.mjtState.mjSTATE_INTEGRATION)
-    elif kind == "plain" and _is_plain(env):
-        _set_plain(env, state["own"], tensors)
-    else:
-        raise ValueError(
-            f"the saved environment state is of kind {kind!r} and does not fit {type(env).__name__}; "
-            "resume with the environment the run was started with"
-        )
+def _class_name(env: Any) -> str:
+    return f"{type(env).__module__}.{type(env).__qualname__}"
 
 
-def _is_plain(env: Any) -> bool:
-    return type(env).__module__.startswith(PLAIN_STATE)
+def _has_state_dict(env: Any) -> bool:
+    return hasattr(env, "state_dict") and hasattr(env, "load_state_dict")
 
 
 def _is_mujoco(env: Any) -> bool:
-    return type(env).__module__.startswith("gymnasium.envs.mujoco") and hasattr(env, "data")
+    return type(env).__module__.startswith(MUJOCO) and hasattr(env, "data")
 
 
-def _mujoco_state(env: Any) -> np.ndarray:
+def _episode_state(env: Any) -> tuple[str, ...] | None:
+    """Attributes that an episode changes, or None where we do not know them."""
+    if isinstance(env, gym.Wrapper):
+        module, _, name = _class_name(env).rpartition(".")
+        if module in STATELESS_WRAPPERS and not name.startswith("Transform"):
+            return ()
+        return EPISODE_STATE.get(_class_name(env))
+    if _is_mujoco(env):
+        return (GENERATOR, *MUJOCO_ATTRIBUTES)
+    known = EPISODE_STATE.get(_class_name(env))
+    return None if known is None else (GENERATOR, *known)
+
+
+def _mujoco_state(env: Any) -> dict[str, np.ndarray]:
     import mujoco
 
     spec = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(env.model, spec))
-    mujoco.mj_getState(env.model, env.data, state, spec)
-    return state
+    integration = np.empty(mujoco.mj_stateSize(env.model, spec))
+    mujoco.mj_getState(env.model, env.data, integration, spec)
+    return {"integration": integration, **{name: getattr(env.data, name) for name in MUJOCO_DERIVED}}
 
 
-def _pack_plain(attributes: dict[str, Any], path: str, tensors: dict[str, Tensor]) -> State:
-    packed = {}
-    for name, value in attributes.items():
-        try:
-            packed[name] = _pack(value, f"{path}.{name}", tensors)
-        except TypeError:
-            continue  # spaces, renderers, surfaces: not state
-    return packed
+def _set_mujoco_state(env: Any, data: dict[str, np.ndarray]) -> None:
+    import mujoco
+
+    spec = mujoco.mjtState.mjSTATE_INTEGRATION
+    mujoco.mj_setState(env.model, env.data, data["integration"], spec)
+    for name in MUJOCO_DERIVED:
+        getattr(env.data, name)[:] = data[name]
 
 
-def _set_plain(env: Any, state: State, tensors: dict[str, Tensor]) -> None:
-    for name, value in state.items():
-        setattr(env, name, _unpack(value, tensors))
-
-
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.generic):
-        return {"scalar": value.item(), "dtype": str(value.dtype)}
-    if isinstance(value, np.ndarray) and value.dtype != object:
-        tensors[path] = torch.from_numpy(value.copy())
-        return {"tensor": path, "numpy": True}
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().clone()
-        return {"tensor": path, "numpy": False}
-    if isinstance(value, np.random.Generator):
-        state = value.bit_generator.state
-        return {"generator": type(value.bit_generator).__name__, "state": _json_ints(state)}
-    if isinstance(value, tuple | list):
-        items = [_pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
-        return {"items": items, "tuple": isinstance(value, tuple)}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {"dict": {k: _pack(v, f"{path}.{k}", tensors) for k, v in value.items()}}
-    raise TypeError(f"{path}: {type(value).__name__} is not plain data")
-
-
-def _json_ints(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _json_ints(value) for key, value in state.items()}
-    if isinstance(state, np.ndarray):
-        return {"array": state.tolist(), "dtype": str(state.dtype)}
-    return int(state) if isinstance(state, np.integer) else state
-
-
-def _from_json_ints(state: Any) -> Any:
-    if isinstance(state, dict):
-        if set(state) == {"array", "dtype"}:
-            return np.asarray(state["array"], dtype=state["dtype"])
-        return {key: _from_json_ints(value) for key, value in state.items()}
-    return state
+class _NotPlainError(TypeError):
+    """Something that JSON and tensors cannot hold."""
 
 
 # Named here so that a checkpoint can choose among these and call nothing else.
 BIT_GENERATORS = {
     name: getattr(np.random, name) for name in ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 }
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    # A numpy scalar first: np.float64 is a float too, but promotes float32 arrays.
+    if isinstance(value, np.bool_ | np.integer | np.floating) and value.dtype.itemsize <= 8:
+        return {"scalar": value.item(), "dtype": str(value.dtype)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray):
+        return {"tensor": _name(_from_numpy(value, path), path, tensors), "numpy": True}
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        return {"tensor": _name(value.detach().clone(), path, tensors), "numpy": False}
+    if isinstance(value, np.random.Generator):
+        kind = type(value.bit_generator).__name__
+        if kind in BIT_GENERATORS:
+            return {"generator": kind, "state": _json_ints(value.bit_generator.state)}
+    if isinstance(value, tuple | list | deque):
+        items = [_pack(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        packed: State = {"items": items, "as": type(value).__name__}
+        if type(value) is deque:
+            packed["maxlen"] = value.maxlen
+        if type(value) in (tuple, list, deque):
+            return packed
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {k: _pack(v, f"{path}.{k}", tensors) for k, v in value.items()}}
+    raise _NotPlainError(f"{path} is a {type(value).__name__}")
+
+
+def _from_numpy(value: np.ndarray, path: str) -> Tensor:
+    try:
+        if value.dtype.kind in "biuf":
+            return torch.from_numpy(value.copy())
+    except (TypeError, ValueError):
+        pass  # a width or a byte order torch does not have
+    raise _NotPlainError(f"{path} is an array of {value.dtype}")
+
+
+def _name(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    # A key with a dot in it may spell the path of another value.
+    while path in tensors:
+        path += "_"
+    tensors[path] = tensor
+    return path
 
 
 def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -183,5 +268,23 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return np.random.Generator(bits)
     if "items" in value:
         items = [_unpack(item, tensors) for item in value["items"]]
-        return tuple(items) if value["tuple"] else items
+        if value["as"] == "deque":
+            return deque(items, value["maxlen"])
+        return tuple(items) if value["as"] == "tuple" else items
     return {key: _unpack(item, tensors) for key, item in value["dict"].items()}
+
+
+def _json_ints(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _json_ints(value) for key, value in state.items()}
+    if isinstance(state, np.ndarray):
+        return {"array": state.tolist(), "dtype": str(state.dtype)}
+    return int(state) if isinstance(state, np.integer) else state
+
+
+def _from_json_ints(state: Any) -> Any:
+    if isinstance(state, dict):
+        if set(state) == {"array", "dtype"}:
+            return np.asarray(state["array"], dtype=state["dtype"])
+        return {key: _from_json_ints(value) for key, value in state.items()}
+    return state

@@ -15,8 +15,10 @@ next observation no longer shows.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import multiprocessing.connection
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -74,9 +76,13 @@ class Environments:
         self.mode = _autoreset_mode(env)
         self.on_device = False
         self.approximate_truncation = False
-        self._prev_done: Array | None = None
+        self._takes_seed = _accepts_seed(env)
         self.observation_space, self.action_space = _single_spaces(env)
         self.leaves = space_leaves(self.observation_space)
+        self._expected = {
+            path: ((self.num_envs, *(space.shape or ())), np.dtype(space.dtype).kind != "f")
+            for path, space in self.leaves.items()
+        }
 
     @property
     def device(self) -> torch.device:
@@ -89,56 +95,93 @@ class Environments:
 
     def reset(self, seed: int | None) -> Any:
         """Start new episodes everywhere; return the first observations' leaves [N, ...]."""
-        try:
-            result = self.env.reset(seed=seed)
-        except TypeError:
-            # Tensor environments of robotics libraries and EnvPool take their seed when made.
-            result = self.env.reset()
+        # Tensor environments of robotics libraries take their seed when made.
+        result = self._call("reset", **({"seed": seed} if self._takes_seed else {}))
         obs, self.info = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         obs = flatten_observation(obs)
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
         self.on_device = isinstance(first, Tensor)
-        self._check_observation(obs)
-        self._prev_done = None
-        return self._select(obs)
+        return self._checked(obs)
 
-    def _select(self, obs: Any) -> Any:
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the environment; a worker process that died is named."""
+        try:
+            return getattr(self.env, name)(*args, **kwargs)
+        except (EOFError, ConnectionError) as error:
+            died = _end_workers(self.env)
+            if died is None:
+                raise
+            raise RuntimeError(
+                f"the worker process of environment {died[0]} ended with exit code {died[1]} during "
+                f"{name}; vectorization = 'sync' runs the environments in this process and shows where"
+            ) from error
+
+    def _checked(self, obs: Any) -> Any:
+        """The observation's leaves that the space names, once their shapes and dtypes fit."""
+        named = obs if isinstance(obs, dict) else {"": obs}
+        for path, (expected, integer) in self._expected.items():
+            if path not in named:
+                raise ValueError(
+                    f"{_called(path)} is missing; the environment returned {sorted(named)}"
+                )
+            leaf = named[path]
+            if not isinstance(leaf, Tensor | np.ndarray):
+                raise TypeError(
+                    f"{_called(path)} is a {type(leaf).__name__}; expected an array or a tensor"
+                )
+            if leaf.shape != expected:
+                raise ValueError(
+                    f"{_called(path)} has shape {tuple(leaf.shape)}; "
+                    f"expected [num_envs, *space.shape] = {expected}"
+                )
+            if integer and _is_float(leaf):
+                raise ValueError(
+                    f"{_called(path)} has dtype {leaf.dtype}; expected {self.leaves[path].dtype}, "
+                    "the dtype of its space"
+                )
         # A robotics observation may hold groups the space does not name (a critic's, say).
         if isinstance(obs, dict) and len(obs) > len(self.leaves):
             return {path: obs[path] for path in self.leaves}
         return obs
 
-    def _check_observation(self, obs: Any) -> None:
-        named = obs if isinstance(obs, dict) else {"": obs}
-        for path, space in self.leaves.items():
-            where = f"observation {path!r}" if path else "observation"
-            if path not in named:
-                raise ValueError(f"{where} is missing; the environment returned {sorted(named)}")
-            expected = (self.num_envs, *(space.shape or ()))
-            if tuple(named[path].shape) != expected:
-                raise ValueError(
-                    f"{where} has shape {tuple(named[path].shape)}; "
-                    f"expected [num_envs, *space.shape] = {expected}"
-                )
+    def _column(self, name: str, column: Any, flags: bool) -> Array:
+        column = column if isinstance(column, Tensor) else np.asarray(column)
+        if column.shape != (self.num_envs,):
+            raise ValueError(
+                f"the environment's step returned {name} of shape {tuple(column.shape)}; expected "
+                f"[num_envs] = {(self.num_envs,)}"
+            )
+        if not flags:
+            return column
+        return column.bool() if isinstance(column, Tensor) else column.astype(bool, copy=False)
 
     def step(self, actions: Any) -> Step:
-        """Step all environments; see `Step`."""
-        result = self.env.step(actions)
+        """Step all environments; see `Step`.
+
+        Raises:
+            ValueError: the environment returned another number of values, or other shapes or dtypes
+                than its spaces promise.
+            RuntimeError: a worker process ended.
+        """
+        result = self._call("step", actions)
         if len(result) == 5:
             obs, rewards, terminated, truncated, info = result
+            terminated = self._column("terminated", terminated, True)
+            truncated = self._column("truncated", truncated, True)
         elif len(result) == 4:
             # rsl_rl's contract: one done flag, and which of the ends were time-outs.
             obs, rewards, dones, info = result
-            dones = dones.bool()
-            truncated = info["time_outs"].bool() if "time_outs" in info else torch.zeros_like(dones)
+            dones = self._column("dones", dones, True)
+            truncated = dones & self._column("time_outs", info.get("time_outs", ~dones), True)
             terminated = dones & ~truncated
         else:
             raise ValueError(
                 f"the environment's step returned {len(result)} values; expected (obs, rewards, "
                 "terminated, truncated, info), or (obs, rewards, dones, extras)"
             )
+        rewards = self._column("rewards", rewards, False)
         self.info = info
-        obs = self._select(flatten_observation(obs))
+        obs = self._checked(flatten_observation(obs))
         if self.mode == AutoresetMode.NEXT_STEP:
             return Step(obs, rewards, terminated, truncated, terminated | truncated, None, None)
         cut = truncated & ~terminated
@@ -161,23 +204,23 @@ class Environments:
                     cut.nonzero()[0] if isinstance(cut, np.ndarray) else cut.nonzero()[:, 0]
                 )
                 final_obs = _take(last_obs, final_index)
-            obs, reset_info = self.env.reset(options={"reset_mask": done})
-            self.info = {**self.info, **reset_info}
-            obs = self._select(flatten_observation(obs))
+            obs, reset_info = self._call("reset", options={"reset_mask": done})
+            legal = _legal_after_reset(self._legal(self.info), self._legal(reset_info), done)
+            self.info = {**self.info, **reset_info, "action_mask": legal, "_action_mask": None}
+            obs = self._checked(flatten_observation(obs))
         return Step(obs, rewards, terminated, truncated, None, final_obs, final_index)
 
     def _final_observations(self, info: dict[str, Any], cut: Array) -> tuple[Any, Array]:
         """The last observations of truncated episodes from an info, and whose they are."""
         key = next((key for key in FINAL_OBS_KEYS if key in info), None)
-        if self.on_device:
-            if key is None:
-                self._note_approximation()
-                return None, None
-            # Tensor environments give all rows; keeping them all spares a host sync.
-            return self._select(flatten_observation(info[key])), None
         if key is None:
-            self._note_approximation()
+            # Asking whether an episode was cut at all would wait for a GPU.
+            if not self.on_device or self.device.type != "cpu" or cut.any():
+                self._note_approximation()
             return None, None
+        if self.on_device:
+            # Tensor environments give all rows; keeping them all spares a host sync.
+            return self._checked(flatten_observation(info[key])), None
         index = cut.nonzero()[0]
         final = info[key]
         if isinstance(final, np.ndarray) and final.dtype == object:
@@ -203,32 +246,37 @@ class Environments:
         Read from `info["action_mask"]` (Gymnasium's toy text, PettingZoo), or else from a method
         `action_masks()` of the environment (sb3-contrib's convention).
         """
-        mask = self.info.get("action_mask") if isinstance(self.info, dict) else None
-        if mask is not None:
-            if isinstance(mask, np.ndarray) and mask.dtype == object:
-                width = max(np.asarray(row).size for row in mask if row is not None)
-                mask = np.stack([np.ones(width, bool) if row is None else row for row in mask])
-            if isinstance(mask, Tensor):
-                return mask.bool().reshape(self.num_envs, -1)
-            mask = np.asarray(mask, dtype=bool).reshape(self.num_envs, -1)
-            told = self.info.get("_action_mask")
-            if told is not None:
-                mask = mask | ~np.asarray(told, dtype=bool)[:, None]
-            return mask
+        legal = self._legal(self.info)
+        if legal is not None:
+            return legal
         if hasattr(self.env, "action_masks"):
             mask = self.env.action_masks()
             return mask.bool() if isinstance(mask, Tensor) else np.asarray(mask, dtype=bool)
-        if isinstance(self.env, SyncVectorEnv | AsyncVectorEnv) and self._has_mask_method:
-            return np.stack(
-                [np.asarray(m, dtype=bool).reshape(-1) for m in self.env.call("action_masks")]
-            )
+        if self._has_mask_method:
+            rows = getattr(self.env, "unwrapped", self.env).call("action_masks")
+            return np.stack([np.asarray(row, dtype=bool).reshape(-1) for row in rows])
         return None
 
-    @property
+    def _legal(self, info: Any) -> Array | None:
+        """The legal actions [N, A] an info tells; all of them where it is silent about a row."""
+        mask = info.get("action_mask") if isinstance(info, dict) else None
+        if mask is None:
+            return None
+        if isinstance(mask, Tensor):
+            return mask.bool().reshape(self.num_envs, -1)
+        if mask.dtype == object:
+            width = max(np.asarray(row).size for row in mask if row is not None)
+            mask = np.stack([np.ones(width, bool) if row is None else row for row in mask])
+        mask = mask.astype(bool).reshape(self.num_envs, -1)
+        told = info.get("_action_mask")
+        return mask if told is None else mask | ~told.astype(bool)[:, None]
+
+    @functools.cached_property
     def _has_mask_method(self) -> bool:
-        if not hasattr(self, "_mask_method"):
-            self._mask_method = all(self.env.call("has_wrapper_attr", "action_masks"))
-        return self._mask_method
+        env = getattr(self.env, "unwrapped", self.env)
+        if not isinstance(env, SyncVectorEnv | AsyncVectorEnv):
+            return False
+        return all(env.call("has_wrapper_attr", "action_masks"))
 
     def close(self) -> None:
         """Close the environment, if it can be closed."""
@@ -236,140 +284,40 @@ class Environments:
             self.env.close()
 
 
-class EnvPoolEnv:
-    """EnvPool's Gymnasium interface with the few names a vector environment has and it lacks.
-
-    EnvPool resets on the step after an episode's end (NEXT_STEP) and is seeded when made.
-    """
-
-    def __init__(self, pool: Any) -> None:
-        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
-        self.pool = pool
-        self.num_envs = int(pool.config["num_envs"])
-        self.single_observation_space = pool.observation_space
-        self.single_action_space = pool.action_space
-
-    def reset(self, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start new episodes; the seed was fixed when the pool was made."""
-        return self.pool.reset()
-
-    def step(self, actions: np.ndarray) -> tuple[Any, ...]:
-        """Step all environments; the action's dtype follows the pool's."""
-        obs, rewards, terminated, truncated, info = self.pool.step(
-            actions.astype(self.single_action_space.dtype, copy=False)
-        )
-        return obs, rewards, terminated.astype(bool), truncated.astype(bool), info
-
-    def close(self) -> None:
-        """Stop the pool's threads."""
-        self.pool.close()
+def _end_workers(env: Any) -> tuple[int, int] | None:
+    """End an AsyncVectorEnv of which a worker died; return which and its exit code, or None."""
+    env = getattr(env, "unwrapped", env)
+    if not isinstance(env, AsyncVectorEnv):
+        return None
+    # A pipe breaks a moment before its process is gone.
+    multiprocessing.connection.wait([process.sentinel for process in env.processes], timeout=1)
+    died = [(i, process.exitcode) for i, process in enumerate(env.processes)]
+    for process in env.processes:
+        process.terminate()
+        process.join()
+    # Closing it would wait for answers that cannot come.
+    env.closed = True
+    return next(((i, code) for i, code in died if code is not None), None)
 
 
-def make_environments(
-    env: str | gym.Env | Callable[[], Any] | Any, num_envs: int | None, vectorization: str
-) -> Environments:
-    """Turn whatever the user names into `Environments`.
-
-    Args:
-        env: a Gymnasium id, an `Env`, a callable returning an `Env` (or a vector environment), a
-            `VectorEnv`, an EnvPool, or a tensor environment.
-        num_envs: how many to make; None means 8 for ids and callables. Must agree with a vector
-            environment's own number.
-        vectorization: "auto", "sync" or "async"; see `ControlConfig`.
-
-    Raises:
-        ValueError: an unknown id, a `num_envs` that contradicts the environment, or a space without
-            support.
-        TypeError: something that is no environment.
-    """
-    env_id: str | None = None
-    if isinstance(env, str):
-        env_id = env
-        vector: Any = _from_id(env, num_envs or 8, vectorization)
-    elif isinstance(env, gym.Env) and not _is_envpool(env):
-        env_id = env.spec.id if env.spec is not None else None
-        vector = SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
-    elif callable(env) and (isinstance(env, type) or not hasattr(env, "step")):
-        vector = _from_callable(env, num_envs or 8, vectorization)
-    else:
-        vector = env
-    if _is_envpool(vector):
-        vector = EnvPoolEnv(vector)
-    for name in ("reset", "step", "num_envs"):
-        if not hasattr(vector, name):
-            raise TypeError(
-                f"env is {type(vector).__name__} without {name!r}; expected a Gymnasium id, an Env, a "
-                "callable returning one, a VectorEnv, an EnvPool or a tensor environment"
-            )
-    if num_envs is not None and num_envs != vector.num_envs:
-        raise ValueError(
-            f"num_envs = {num_envs}, but the environment given has {vector.num_envs}; leave num_envs out"
-        )
-    if env_id is None and getattr(vector, "spec", None) is not None:
-        env_id = getattr(vector.spec, "id", None)
-    return Environments(vector, env_id)
-
-
-def _from_id(env_id: str, num_envs: int, vectorization: str) -> Any:
-    try:
-        spec = gym.spec(env_id)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"environment id {env_id!r} names a module that does not import: {error}"
-        ) from error
-    except gym.error.Error as error:
-        raise ValueError(
-            f"environment id {env_id!r} is unknown to Gymnasium: {error}{_extra_hint(env_id)}"
-        ) from error
-    mode: str | None = vectorization
-    if vectorization == "auto":
-        native = spec.vector_entry_point is not None and not spec.additional_wrappers
-        mode = "vector_entry_point" if native else "sync"
-    # We choose SAME_STEP where we may: no row of a rollout is spent on a reset.
-    kwargs = {} if mode == "vector_entry_point" else {"autoreset_mode": AutoresetMode.SAME_STEP}
-    try:
-        return gym.make_vec(
-            env_id, num_envs=num_envs, vectorization_mode=mode, vector_kwargs=kwargs
-        )
-    except (gym.error.DependencyNotInstalled, ModuleNotFoundError, ImportError) as error:
-        raise ImportError(
-            f"environment {env_id!r} needs a package: {error}{_extra_hint(env_id, spec)}"
-        ) from error
-
-
-def _extra_hint(env_id: str, spec: Any = None) -> str:
-    entry = str(getattr(spec, "entry_point", ""))
-    for extra, words in {
-        "atari": ("ALE/", "NoFrameskip", "ale_py"),
-        "mujoco": ("mujoco",),
-        "box2d": ("box2d", "LunarLander", "BipedalWalker", "CarRacing"),
-    }.items():
-        if any(word in env_id or word in entry for word in words):
-            return f"; install it with pip install 'ppo-fast[{extra}]'"
-    return ""
-
-
-def _from_callable(make: Callable[[], Any], num_envs: int, vectorization: str) -> Any:
-    if vectorization == "async":
-        return AsyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    first = make()
-    if not isinstance(first, gym.Env) or _is_envpool(first):
-        return first
-    others = [make] * (num_envs - 1)
-    return SyncVectorEnv([lambda: first, *others], autoreset_mode=AutoresetMode.SAME_STEP)
-
-
-def _is_envpool(env: Any) -> bool:
-    return any("envpool" in base.__module__ for base in type(env).__mro__) and hasattr(
-        env, "config"
-    )
+def _accepts_seed(env: Any) -> bool:
+    parameters = inspect.signature(env.reset).parameters.values()
+    return any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters)
 
 
 def _autoreset_mode(env: Any) -> AutoresetMode:
     metadata = getattr(env, "metadata", None) or {}
-    mode = metadata.get("autoreset_mode", AutoresetMode.SAME_STEP)
+    if "autoreset_mode" in metadata:
+        return AutoresetMode(metadata["autoreset_mode"])
+    if isinstance(env, gym.vector.VectorEnv):
+        warnings.warn(
+            f"{type(env).__name__}.metadata names no 'autoreset_mode'; taking Gymnasium's default, "
+            "AutoresetMode.NEXT_STEP: a wrong mode trains on transitions that never were",
+            stacklevel=4,
+        )
+        return AutoresetMode.NEXT_STEP
     # rsl_rl-style tensor environments carry no metadata: they reset within the step.
-    return mode if isinstance(mode, AutoresetMode) else AutoresetMode(mode)
+    return AutoresetMode.SAME_STEP
 
 
 def _single_spaces(env: Any) -> tuple[spaces.Space, spaces.Space]:
@@ -406,3 +354,22 @@ def _take(leaves: Any, index: Array) -> Any:
     if isinstance(leaves, dict):
         return {path: leaf[index] for path, leaf in leaves.items()}
     return leaves[index]
+
+
+def _legal_after_reset(before: Array | None, new: Array | None, done: Array) -> Array | None:
+    """Legal actions [N, A]: the reset's where an environment was reset, else the step's."""
+    like = before if before is not None else new
+    if like is None:
+        return None
+    every = like | True
+    before, new = (every if mask is None else mask for mask in (before, new))
+    where = torch.where if isinstance(like, Tensor) else np.where
+    return where(done[:, None], new, before)
+
+
+def _called(path: str) -> str:
+    return f"observation {path!r}" if path else "observation"
+
+
+def _is_float(leaf: Any) -> bool:
+    return leaf.is_floating_point() if isinstance(leaf, Tensor) else leaf.dtype.kind == "f"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-from ppo_fast.control.envs import make_environments
+from ppo_fast.control.make_envs import make_environments
 from ppo_fast.control.ppo import PPO
 from ppo_fast.extras import require
 
@@ -56,8 +56,8 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"evaluate: episodes = {episodes}; expected at least 1")
-    if env is None and model.env_id is None:
-        raise ValueError("evaluate: the model names no environment id; pass env=")
+    if env is None and not model.from_id:
+        raise ValueError("evaluate: the model was not trained on an environment id; pass env=")
     own = env is None
     width = min(episodes, 8)
     takes_number = own or isinstance(env, str)
@@ -110,8 +110,8 @@ def record_video(model: PPO, folder: Path, seed: int = 10_000) -> Path:
         ValueError: the model names no environment id.
     """
     require("moviepy", "video", "recording a video")
-    if model.env_id is None:
-        raise ValueError("record_video: the model names no environment id")
+    if model.env_id is None or not model.from_id:
+        raise ValueError("record_video: the model was not trained on an environment id")
     env = gym.make(model.env_id, render_mode="rgb_array")
     env = gym.wrappers.RecordVideo(
         env, str(folder), episode_trigger=lambda _: True, disable_logger=True

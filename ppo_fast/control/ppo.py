@@ -15,18 +15,22 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from ppo_fast.checkpoint import CheckpointError
 from ppo_fast.config import ControlConfig, check_minibatches, config_from_dict
 from ppo_fast.control.collect import Collector
-from ppo_fast.control.envs import Environments, make_environments
+from ppo_fast.control.envs import Environments
 from ppo_fast.control.episodes import EpisodeStats
 from ppo_fast.control.interrupt import DeferredInterrupt
+from ppo_fast.control.make_envs import make_environments
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
 from ppo_fast.control.run_folder import RunFolder
 from ppo_fast.control.saving import (
     check_same_spaces,
+    live_tensors,
     read_control_checkpoint,
     restore,
     restore_environments,
+    run_folder_of,
     save,
 )
 from ppo_fast.control.spaces import as_batch, space_from_json, space_leaves
@@ -92,6 +96,7 @@ class PPO:
         config = dataclasses.replace(config or ControlConfig(), **overrides)
         envs = make_environments(env, config.num_envs, config.vectorization)
         self._build(config, envs, envs.observation_space, envs.action_space, envs.num_envs, policy)
+        self.from_id = isinstance(env, str)
 
     def _build(
         self,
@@ -148,7 +153,10 @@ class PPO:
         self.learn_done = 0
         self.collector: Collector | None = None
         self.saved: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        self.missing_schedules: list[str] = []
+        self.from_id = False
         self._folder: RunFolder | None = None
+        self._own_folder: Path | None = None
 
     def _choose_device(self) -> torch.device:
         wanted = self.config.device
@@ -225,17 +233,16 @@ class PPO:
                 f"resume: the last call of learn was finished ({self.learn_done} of "
                 f"{self.learn_total} steps); call learn(total_timesteps) for more"
             )
-        if self.saved is not None:
-            missing = [f for f in self.saved[0]["schedules"] if f not in self.schedules]
-            if missing:
-                raise ValueError(
-                    f"resume: the run used functions for {', '.join(missing)}; pass them to load, as in "
-                    f"PPO.load(path, {missing[0]}=...)"
-                )
         return self._learn(callback)
 
     def _learn(self, callback: Callback | None) -> PPO:
         config = self.config
+        if self.missing_schedules:
+            raise ValueError(
+                f"the run used functions for {', '.join(self.missing_schedules)}, which a "
+                "checkpoint does not hold; pass them or numbers to load, as in "
+                f"PPO.load(path, {self.missing_schedules[0]}=...)"
+            )
         self._start()
         self._open_folder()
         bar = self._progress_bar()
@@ -246,11 +253,20 @@ class PPO:
             with DeferredInterrupt() as interrupt:
                 while self.learn_done < self.learn_total:
                     before = self.learn_done
-                    self._iterate()
+                    try:
+                        self._iterate()
+                    except (KeyboardInterrupt, Exception):
+                        # A signal to the process group also ends the environments' workers.
+                        if interrupt.requested and not interrupt.insisted:
+                            self._save_interrupted(interrupt.name, with_environments=False)
+                            interrupt.deliver()
+                        raise
                     if bar is not None:
                         bar.update(min(self.learn_done, self.learn_total) - before)
+                        if self.episodes.returns:
+                            bar.set_postfix_str(f"return {self.metrics['rollout/ep_rew_mean']:.1f}")
                     stop = callback is not None and callback(self) is False
-                    if self._reached_stop_return():
+                    if self.reached_stop_return():
                         log.info("mean return %.1f reached", self.metrics["rollout/ep_rew_mean"])
                         self.learn_done = self.learn_total
                     if interrupt.requested:
@@ -398,7 +414,8 @@ class PPO:
         if self._folder is not None:
             self._folder.log(self.num_timesteps, self.metrics)
 
-    def _reached_stop_return(self) -> bool:
+    def reached_stop_return(self) -> bool:
+        """Whether the mean return over a full `stats_window` of episodes is at `stop_return`."""
         stop = self.config.stop_return
         full = len(self.episodes.returns) == self.config.stats_window
         return stop is not None and full and self.metrics["rollout/ep_rew_mean"] >= stop
@@ -415,15 +432,24 @@ class PPO:
         from ppo_fast.extras import require
 
         tqdm = require("tqdm.auto", "train", "progress_bar=True").tqdm
-        return tqdm(total=self.learn_total, initial=self.learn_done, unit="step", unit_scale=True)
+        # disable=None: no bar in logs, only on a terminal or in a notebook.
+        return tqdm(
+            total=self.learn_total,
+            initial=self.learn_done,
+            unit=" steps",
+            unit_scale=True,
+            disable=None,
+        )
 
     def _start(self) -> None:
         """Reset the environments on the first call, or restore them after a load."""
         if self.collector is None:
             if self.envs is None:
-                if self.env_id is None:
+                if self.env_id is None or not self.from_id:
                     raise ValueError(
-                        "learn: no environment; load with one, as in PPO.load(path, env=...)"
+                        "learn: no environment, and the checkpoint is of one that was given as an "
+                        "object, which an id cannot make again; pass one, as in "
+                        "PPO.load(path, env=...)"
                     )
                 self.envs = make_environments(self.env_id, self.num_envs, self.config.vectorization)
             self.collector = Collector(
@@ -453,28 +479,41 @@ class PPO:
     def _open_folder(self) -> None:
         if self.config.run_dir is None:
             return
-        resume = self.num_timesteps if self.num_timesteps else None
+        path = Path(self.config.run_dir).resolve()
+        # Another run's folder is refused, also to a loaded model.
+        resume = self.num_timesteps if path == self._own_folder else None
         self._folder = RunFolder(self.config.run_dir, resume)
+        self._own_folder = path
         self._folder.write_config(self.env_id, self.config)
+        # Whatever happens to the run from here on, it can be resumed.
+        self.save(self._folder.checkpoint)
 
-    def _save_interrupted(self, signal_name: str) -> None:
+    def _save_interrupted(self, signal_name: str, with_environments: bool = True) -> None:
         if self._folder is not None:
             path = self._folder.checkpoint
+            goes_on = f"ppo-fast train --resume {self._folder.path}"
         else:
             name = (self.env_id or "ppo").replace("/", "-")
             path = Path(f"{name}-interrupted.safetensors").resolve()
-        self.save(path)
-        print(
-            f"\n{signal_name}: saved {path} after {self.num_timesteps} steps; PPO.load(...).resume() goes on"
-        )
+            goes_on = f"PPO.load({str(path)!r}).resume()"
+        save(self, path, with_environments)
+        print(f"\n{signal_name}: saved {path} after {self.num_timesteps} steps; {goes_on} goes on")
 
     def _save_after_error(self) -> None:
         """Keep what was learnt when an environment fails; its own state is in doubt and left out."""
-        finite = all(p.isfinite().all() for p in self.policy.parameters())
-        if self._folder is None or not finite:
+        if self._folder is None:
             return
-        save(self, self._folder.checkpoint, with_environments=False)
-        log.error("training stopped by an error; saved %s", self._folder.checkpoint)
+        path = self._folder.checkpoint
+        # An infinite observation may have reached the normalisers: such a state is worth nothing.
+        if not all(t.isfinite().all() for t in live_tensors(self).values()):
+            log.error("training stopped by an error; %s is the state before it", path)
+            return
+        try:
+            save(self, path, with_environments=False)
+        except CheckpointError as error:
+            log.error("training stopped by an error, and saving failed: %s", error)
+            return
+        log.error("training stopped by an error; saved %s", path)
 
     def predict(
         self, obs: Any, deterministic: bool = True, action_masks: Any = None
@@ -548,8 +587,10 @@ class PPO:
         """Load a checkpoint, or the one in a run folder; never executes code from it.
 
         Args:
-            path: the file, or a run folder.
-            env: to train on; None makes the one named in the checkpoint when `learn` needs it.
+            path: the file, or a run folder. A run goes on in its folder; a checkpoint elsewhere
+                writes nothing unless `run_dir` is given.
+            env: to train on; None makes the id named in the checkpoint when `learn` needs it. With
+                as many environments as before, they are put into the saved state.
             policy: a fresh module, where the run was started with a module of the user's own.
             **overrides: fields of `ControlConfig` to change; functions for schedules.
 
@@ -564,21 +605,33 @@ class PPO:
                 "checkpoint; pass a fresh one, as in PPO.load(path, policy=MyPolicy())"
             )
         self = cls.__new__(cls)
+        missing = [field for field in meta["schedules"] if field not in overrides]
         self.schedules = {f: overrides.pop(f) for f in SCHEDULED if callable(overrides.get(f))}
         _check_fields(overrides)
-        config = config_from_dict(ControlConfig, {**meta["config"], **overrides})
-        num_envs = meta["num_envs"]
+        folder = run_folder_of(path)
+        settings = {**meta["config"], "run_dir": folder and str(folder), **overrides}
+        config = config_from_dict(ControlConfig, settings)
+        num_envs = overrides.get("num_envs") or meta["num_envs"]
         envs = None
         if env is not None:
-            wanted = None if hasattr(env, "num_envs") else num_envs
-            envs = make_environments(env, config.num_envs or wanted, config.vectorization)
+            # Environments that exist already bring their number.
+            exist = hasattr(env, "step") and not isinstance(env, type)
+            wanted = overrides.get("num_envs") if exist else num_envs
+            envs = make_environments(env, wanted, config.vectorization)
             check_same_spaces(path, meta, envs)
             num_envs = envs.num_envs
+        if config.num_envs is not None:
+            config = dataclasses.replace(config, num_envs=num_envs)
         observation_space = space_from_json(meta["observation_space"])
         action_space = space_from_json(meta["action_space"])
         self._build(config, envs, observation_space, action_space, num_envs, policy)
         self.env_id = self.env_id or meta["env_id"]
+        self.from_id = isinstance(env, str) or (env is None and meta["from_id"])
+        self.missing_schedules = missing
+        self._own_folder = folder and folder.resolve()
         restore(self, path, tensors, meta)
+        if "learning_rate" in overrides:
+            self.optimizer.lr.fill_(config.learning_rate)
         return self
 
     def close(self) -> None:

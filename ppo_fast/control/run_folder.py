@@ -13,7 +13,7 @@ import torch
 
 from ppo_fast.checkpoint import atomic_write_text
 from ppo_fast.config import ControlConfig
-from ppo_fast.logger import RunLogger
+from ppo_fast.logger import METRICS_FILE, RunLogger
 
 log = logging.getLogger("ppo_fast")
 
@@ -27,18 +27,24 @@ class RunFolder:
 
     Args:
         path: made if missing.
-        resume_step: environment steps done, where a run goes on; None for a new one.
+        resume_step: environment steps done, where this folder's run goes on; None for a new one.
 
     Raises:
         FileExistsError: a new run, but the folder holds one already.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, path: str, resume_step: int | None) -> None:
         self.path = Path(path)
         if resume_step is None and (self.path / CHECKPOINT_FILE).exists():
             raise FileExistsError(
-                f"{self.path} holds a finished or interrupted run; choose another run_dir, or continue "
-                f"it with `ppo-fast train --resume {self.path}`"
+                f"run_dir {self.path} holds a finished or interrupted run; choose another, or continue "
+                f"that one with `ppo-fast train --resume {self.path}`"
+            )
+        if resume_step is None and (self.path / METRICS_FILE).exists():
+            raise FileExistsError(
+                f"run_dir {self.path} holds the metrics of a run without a checkpoint; choose another, "
+                "or remove it"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoint = self.path / CHECKPOINT_FILE

@@ -18,7 +18,7 @@ from torch import Tensor
 from ppo_fast.checkpoint import load_checkpoint, save_checkpoint
 from ppo_fast.control.env_state import capture_state, restore_state
 from ppo_fast.control.envs import Environments
-from ppo_fast.control.run_folder import CHECKPOINT_FILE
+from ppo_fast.control.run_folder import CHECKPOINT_FILE, CONFIG_FILE
 from ppo_fast.control.spaces import space_from_json, space_to_json
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Meta = dict[str, Any]
 Tensors = dict[str, Tensor]
 
-ENVIRONMENT_PREFIXES = ("env_state", "collector.")
+ENVIRONMENT_PREFIXES = ("env_state", "collector.", "global_rng")
+ACTION_MASK = "collector.action_mask"
 
 
 def save(model: PPO, path: str | os.PathLike[str], with_environments: bool) -> None:
@@ -45,7 +46,6 @@ def save(model: PPO, path: str | os.PathLike[str], with_environments: bool) -> N
     tensors = {
         **live_tensors(model),
         "generator": model.generator.get_state(),
-        "global_rng": torch.get_rng_state(),
         "running_returns": torch.from_numpy(model.episodes.running_returns),
         "running_lengths": torch.from_numpy(model.episodes.running_lengths),
     }
@@ -57,11 +57,12 @@ def save(model: PPO, path: str | os.PathLike[str], with_environments: bool) -> N
         "kind": "control",
         "config": dataclasses.asdict(model.config),
         "env_id": model.env_id,
+        "from_id": model.from_id,
         "observation_space": space_to_json(model.observation_space),
         "action_space": space_to_json(model.action_space),
         "num_envs": model.num_envs,
         "custom_policy": type(model.policy).__qualname__ if model.custom_policy else None,
-        "schedules": sorted(model.schedules),
+        "schedules": sorted({*model.schedules, *model.missing_schedules}),
         "num_timesteps": model.num_timesteps,
         "iteration": model.iteration,
         "learn_total": model.learn_total,
@@ -80,6 +81,8 @@ def _environment_state(model: PPO) -> tuple[Any, Tensors]:
     if model.saved is not None:
         # Loaded and saved again before any step: what the file held still holds.
         meta, tensors = model.saved
+        if meta["env_state"] is None:
+            return None, {}
         kept = {k: v for k, v in tensors.items() if k.startswith(ENVIRONMENT_PREFIXES)}
         return meta["env_state"], kept
     if model.collector is None or model.envs is None:
@@ -87,7 +90,13 @@ def _environment_state(model: PPO) -> tuple[Any, Tensors]:
     captured = capture_state(model.envs.env)
     if captured is None:
         return None, {}
-    return captured[0], {**captured[1], **model.collector.tensors()}
+    state, env_tensors = captured
+    # The first action of the next rollout obeys a mask that came with the last step's info.
+    mask = model.envs.action_masks()
+    masks = {} if mask is None else {ACTION_MASK: torch.as_tensor(mask)}
+    # Policies and tensor environments may draw from torch's global generator.
+    random = {"global_rng": torch.get_rng_state()}
+    return state, {**env_tensors, **model.collector.tensors(), **masks, **random}
 
 
 def live_tensors(model: PPO) -> Tensors:
@@ -122,6 +131,12 @@ def read_control_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, Tensors
     return path, tensors, meta
 
 
+def run_folder_of(path: Path) -> Path | None:
+    """The run folder a checkpoint file is the current one of; None for any other file."""
+    in_folder = path.name == CHECKPOINT_FILE and (path.parent / CONFIG_FILE).exists()
+    return path.parent if in_folder else None
+
+
 def check_same_spaces(path: Path, meta: Meta, envs: Environments) -> None:
     """Raise ValueError unless the environments have the checkpoint's spaces."""
     for name in ("observation_space", "action_space"):
@@ -142,6 +157,12 @@ def restore(model: PPO, path: Path, tensors: Tensors, meta: Meta) -> None:
     live = live_tensors(model)
     if not same_envs:
         live.pop("reward_normalizer.returns", None)
+    surplus = sorted(k for k in tensors if k.startswith("policy.") and k not in live)
+    if surplus:
+        raise ValueError(
+            f"{path} has {surplus[0]!r} of shape {tuple(tensors[surplus[0]].shape)}, which the "
+            "policy has not: it differs from the one that was saved"
+        )
     for name, tensor in live.items():
         saved = tensors.get(name)
         if saved is None or saved.shape != tensor.shape:
@@ -185,4 +206,8 @@ def restore_environments(model: PPO, meta: Meta, tensors: Tensors) -> None:
         tensor.copy_(kept[name])
     restore_state(model.envs.env, meta["env_state"], tensors)
     model.collector.restore(tensors)
+    if ACTION_MASK in tensors:
+        mask = tensors[ACTION_MASK]
+        on_device = model.envs.on_device
+        model.envs.info = {"action_mask": mask.to(model.device) if on_device else mask.numpy()}
     torch.set_rng_state(tensors["global_rng"])

@@ -123,7 +123,7 @@ def _combine(parts: list[Surrogate]) -> Surrogate:
     values = [part.grad_values for part in parts if part.grad_values is not None]
     return Surrogate(
         sums=torch.stack([part.sums for part in parts]).sum(0),
-        ratio_deviation=torch.stack([part.ratio_deviation for part in parts]).amax(),
+        ratio_deviation=torch.cat([part.ratio_deviation for part in parts]).amax(0, keepdim=True),
         grad_log_probs=torch.cat([part.grad_log_probs for part in parts]),
         grad_values=torch.cat(values) if values else None,
     )

@@ -74,6 +74,7 @@ class Surrogate(NamedTuple):
     sums: Tensor
     """[10], the first ten of `PPO_STATS`."""
     ratio_deviation: Tensor
+    """[1]."""
     grad_log_probs: Tensor
     grad_values: Tensor | None
 
@@ -199,7 +200,10 @@ def standardize(
 
 
 def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -> Surrogate:
-    """The PPO terms of each row, summed, and their gradients. `log_probs`, `entropy`: [M]."""
+    """The PPO terms of each row, summed, and their gradients. `log_probs`, `entropy`: [M].
+
+    Comparisons are done in place where that saves a conversion: flags come out as 0.0 and 1.0.
+    """
     if rows.drop is not None:
         log_probs = log_probs.masked_fill(rows.drop, 0.0)
         entropy = None if entropy is None else entropy.masked_fill(rows.drop, 0.0)
@@ -207,9 +211,11 @@ def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -
 
     unlimited = log_probs - rows.old_log_probs
     log_ratio = unlimited.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    within_limit = unlimited == log_ratio
+    within_limit = unlimited.eq_(log_ratio)
     ratio = log_ratio.exp()
-    old_kl, ratio_minus_one = _k3(log_ratio)
+    # Not ratio - 1, which in fp32 leaves 5 % of error in the KL at a log ratio of 1e-3.
+    ratio_minus_one = log_ratio.expm1()
+    old_kl = ratio_minus_one - log_ratio
 
     high = t.clip_coef if t.clip_coef_high is None else t.clip_coef_high
     clipped_ratio = _clamp(ratio, 1.0 - t.clip_coef, 1.0 + high)
@@ -217,24 +223,25 @@ def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -
     clipped_loss = rows.neg_advantages * clipped_ratio
     policy_loss = torch.maximum(unclipped_loss, clipped_loss)
     # Inside the range both branches are the same number, so ties belong to the unclipped one.
-    active = (unclipped_loss >= clipped_loss).logical_and_(within_limit)
+    active = clipped_loss.le_(unclipped_loss)
     held = absent
     if t.dual_clip is not None:
         ceiling = rows.neg_advantages * t.dual_clip
-        held = (rows.neg_advantages > 0) & (policy_loss > ceiling)
-        policy_loss = torch.where(held, ceiling, policy_loss)
-        active &= ~held
-    # A product rather than a selection, so that a NaN shows in the gradient.
-    grad_log_probs = unclipped_loss * active
+        is_held = (rows.neg_advantages > 0) & (policy_loss > ceiling)
+        policy_loss = torch.where(is_held, ceiling, policy_loss)
+        held = is_held.to(ratio.dtype)
+        active = active.mul_(~is_held)
+    # Products rather than selections, so that a NaN shows in the gradient.
+    grad_log_probs = unclipped_loss.mul_(active)
+    if is_on(t.old_kl_coef):
+        grad_log_probs = plus(grad_log_probs, ratio_minus_one, t.old_kl_coef)
+    grad_log_probs.mul_(within_limit)
 
     kl = absent
     if rows.ref_log_probs is not None:
         kl, grad_kl = _kl_to_reference(log_probs, rows.ref_log_probs, t.kl_estimator)
         if is_on(t.kl_coef):
-            grad_log_probs = grad_log_probs + grad_kl * t.kl_coef
-    if is_on(t.old_kl_coef):
-        grad_old_kl = ratio_minus_one * within_limit
-        grad_log_probs = grad_log_probs + grad_old_kl * t.old_kl_coef
+            grad_log_probs = plus(grad_log_probs, grad_kl, t.kl_coef)
 
     value_loss, value_clipped, grad_values = absent, absent, None
     if rows.values is not None:
@@ -248,20 +255,25 @@ def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -
             kl,
             old_kl,
             -log_ratio,
-            _as_float(clipped_ratio != ratio, ratio),
-            _as_float(held, ratio),
-            _as_float(value_clipped, ratio),
+            clipped_ratio.ne_(ratio),
+            held,
+            value_clipped,
             ratio,
         )
     )
     if rows.weights is not None:
         summands[:5].mul_(rows.weights)
-        grad_log_probs = grad_log_probs * rows.weights
-        grad_values = None if grad_values is None else grad_values * rows.weights
+        grad_log_probs.mul_(rows.weights)
+        grad_values = None if grad_values is None else grad_values.mul_(rows.weights)
     if rows.keep is not None:
         summands[5:].mul_(rows.keep)
-    deviation = ratio_minus_one.abs().amax() if log_probs.numel() else log_ratio.sum()
-    return Surrogate(summands.sum(1), deviation, grad_log_probs, grad_values)
+    deviation = ratio_minus_one.abs_()
+    return Surrogate(
+        sums=summands.sum(1),
+        ratio_deviation=deviation.amax(0, keepdim=True) if deviation.numel() else absent.sum(0, True),
+        grad_log_probs=grad_log_probs,
+        grad_values=grad_values,
+    )
 
 
 def _clamp(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
@@ -275,26 +287,13 @@ def _kl_to_reference(log_probs: Tensor, ref: Tensor, estimator: str) -> tuple[Te
     """Estimates of KL(policy || reference) per row and their derivative by the log-prob."""
     unlimited = ref - log_probs
     difference = unlimited.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    within_limit = unlimited == difference
+    within_limit = unlimited.eq_(difference)
     if estimator == "k1":
-        return -difference, within_limit.to(ref.dtype)
+        return -difference, within_limit
     if estimator == "k2":
         return difference.square() / 2, -difference * within_limit
-    k3, excess = _k3(difference)
-    return k3, -excess * within_limit
-
-
-def _k3(d: Tensor) -> tuple[Tensor, Tensor]:
-    """`(e^d - 1 - d, e^d - 1)`."""
-    # In fp32 the difference is off by 5 % at d = 1e-3 and 0 at 1e-4. MPS has no float64.
-    wide = d if d.device.type == "mps" else d.double()
-    excess = wide.expm1()
-    return (excess - wide).to(d.dtype), excess.to(d.dtype)
-
-
-def _as_float(flags: Tensor, like: Tensor) -> Tensor:
-    # torch.stack is five times slower over mixed dtypes.
-    return flags.to(like.dtype)
+    excess = difference.expm1()
+    return excess - difference, -excess * within_limit
 
 
 def _value_terms(rows: Rows, t: Terms, absent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,19 +305,20 @@ def _value_terms(rows: Rows, t: Terms, absent: Tensor) -> tuple[Tensor, Tensor, 
         return torch.addcmul(absent, error, error, value=0.5), absent, error * t.vf_coef
     assert rows.old_values is not None
     moved = rows.values - rows.old_values
-    # The excess over the clip range is exactly 0 inside it, so there both squares are one number.
+    # The excess over the clip range is exactly 0 inside it, so there both errors are one number.
     # (old_values + clamp(moved)) - returns rounds differently from `error` and would let noise
     # choose the branch, and with it a zero gradient.
-    excess = moved - _clamp(moved, -t.vf_clip_coef, t.vf_clip_coef)
-    clipped = excess != 0
+    excess = moved.sub_(_clamp(moved, -t.vf_clip_coef, t.vf_clip_coef))
     clipped_error = error - excess
+    clipped = excess.ne_(0)
     if t.vf_clip == "clipped":
         loss = torch.addcmul(absent, clipped_error, clipped_error, value=0.5)
-        return loss, clipped, (clipped_error * ~clipped).mul_(t.vf_coef)
-    larger = torch.maximum(error.abs(), clipped_error.abs())
-    active = error.abs() >= clipped_error.abs()
-    loss = torch.addcmul(absent, larger, larger, value=0.5)
-    return loss, clipped, (error * active).mul_(t.vf_coef)
+        return loss, clipped, torch.addcmul(error, error, clipped, value=-1).mul_(t.vf_coef)
+    size, clipped_size = error.abs(), clipped_error.abs_()
+    largest = torch.maximum(size, clipped_size)
+    active = size.ge_(clipped_size)
+    loss = torch.addcmul(absent, largest, largest, value=0.5)
+    return loss, clipped, active.mul_(error).mul_(t.vf_coef)
 
 
 def plus(x: Tensor, y: Tensor, coef: Scalar) -> Tensor:
@@ -345,18 +345,19 @@ def assemble(
     """The result, with `gradients` = (input, n d loss / d input) attached to its loss."""
     sums = part.sums
     with torch.no_grad():
-        if not isinstance(count, Tensor):
-            count = sums.new_full((), count)
-        extremes = torch.stack((part.ratio_deviation, count))
-        stats = torch.cat((sums * inv_n, extremes))
+        count = sums.new_full((1,), count) if not isinstance(count, Tensor) else count.reshape(1)
+        stats = torch.cat((sums * inv_n, part.ratio_deviation, count))
         loss = stats[0].clone()
         for coef, index in ((t.vf_coef, 1), (t.ent_coef, 2), (t.kl_coef, 3), (t.old_kl_coef, 4)):
             if is_on(coef):
                 loss = plus(loss, stats[index], -coef if index == 2 else coef)
     if torch.is_grad_enabled():
-        pairs = [(x, g.view(x.shape)) for x, g in gradients if x is not None and x.requires_grad]
-        if pairs:
-            inputs, known = zip(*pairs, strict=True)
+        inputs, known = [], []
+        for x, gradient in gradients:
+            if x is not None and gradient is not None and x.requires_grad:
+                inputs.append(x)
+                known.append(gradient if gradient.shape == x.shape else gradient.view(x.shape))
+        if inputs:
             loss = _WithGradients.apply(loss, inv_n, *inputs, *known)
     return PPOLoss(loss, stats)
 

@@ -191,18 +191,18 @@ def _estimate(
     """Apply the equation of `gae`, given the value that follows each row.
 
     `is_last` marks rows after which another sequence begins; the last row of all needs no mark.
-    `next_values` is overwritten, and its memory and that of the discounts become the outputs: at
-    [128, 1024] touching fresh memory costs more than the arithmetic.
+    `next_values` is overwritten: its memory and that of the discounts become the outputs, as large
+    rollouts are bound by the memory they touch.
     """
-    discounts = torch.logical_not(terminated, out=torch.empty_like(values)).mul_(gamma)
+    discounts = _one_where(~terminated, values).mul_(gamma)
     if truncated is not None and bootstrap_values is not None:
         truncated = truncated & ~terminated
         torch.where(truncated, bootstrap_values.to(values.dtype), next_values, out=next_values)
-    deltas = next_values.mul_(discounts).add_(rewards).sub_(values)
+    deltas = torch.addcmul(rewards, discounts, next_values, out=next_values).sub_(values)
 
     decays = discounts.mul_(gae_lambda)
     if truncated is not None:
-        decays.masked_fill_(truncated, 0.0)
+        decays.mul_(_one_where(~truncated, values))
     skipped = None if mask is None else ~mask
     if skipped is not None:
         # A skipped row hands on, undiscounted, what comes after it.
@@ -219,11 +219,16 @@ def _estimate(
     return advantages, returns
 
 
+def _one_where(flag: Tensor, like: Tensor) -> Tensor:
+    # Bytes convert five times faster than bools, whose conversion is not vectorised on a CPU.
+    return torch.empty_like(like).copy_(flag.view(torch.uint8))
+
+
 def _skip_unknown_(next_values: Tensor, is_known: Tensor) -> None:
     """Overwrite each entry that is not known with the next one along dim 0 that is."""
     is_unknown = ~is_known
     next_values.masked_fill_(is_unknown, 0.0)
-    _reverse_linear_scan_(next_values, is_unknown.to(next_values.dtype))
+    _reverse_linear_scan_(next_values, _one_where(is_unknown, next_values))
 
 
 def _reverse_linear_scan_(x: Tensor, decays: Tensor) -> None:
@@ -233,29 +238,32 @@ def _reverse_linear_scan_(x: Tensor, decays: Tensor) -> None:
     half the length, and its results complete the odd rows. That is 3 calls for each halving and
     about 3 multiply-adds for each entry, with no division and no term left out.
 
-    `decays` is overwritten; its last row is not read.
+    `decays` is overwritten; what its last row holds does not matter.
     """
     length = x.shape[0]
     # On a CPU, bench_gae.py: below 8 rows a call for each row is cheaper, and from 4096 columns
     # on a row's arithmetic outweighs its call, so the fewest passes over memory win.
-    is_wide = x.device.type == "cpu" and x[0].numel() >= 4096
-    if length <= 8 or (is_wide and not torch.compiler.is_compiling()):
+    is_wide = x.is_cpu and x.numel() >= 4096 * length and not torch.compiler.is_compiling()
+    if length <= 8 or is_wide:
         rows, row_decays = x.unbind(0), decays.unbind(0)
         for t in range(length - 2, -1, -1):
             rows[t].addcmul_(row_decays[t], rows[t + 1])
         return
-    pairs, inner = length // 2, (length - 1) // 2
-    even, odd = x[::2], x[1::2]
-    even_decays, odd_decays = decays[::2], decays[1::2][:inner]
-    even[:pairs].addcmul_(even_decays[:pairs], odd)
-    even_decays[:inner].mul_(odd_decays)
+    if length % 2:
+        x[-2].addcmul_(decays[-2], x[-1])
+        x, decays = x[:-1], decays[:-1]
+    even, odd, even_decays, odd_decays = x[::2], x[1::2], decays[::2], decays[1::2]
+    even.addcmul_(even_decays, odd)
+    even_decays.mul_(odd_decays)
     _reverse_linear_scan_(even, even_decays)
-    odd[:inner].addcmul_(odd_decays, even[1:])
+    odd[:-1].addcmul_(odd_decays[:-1], even[1:])
 
 
 def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
-    doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if doubles else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _check(

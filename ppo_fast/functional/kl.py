@@ -31,7 +31,7 @@ SERIES_BELOW = 0.5
 """|d| from which exp(d) - 1 - d loses no more than two bits to cancellation."""
 
 SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
-"""Terms of 1 + d/3 + d²/12 + ... that reach rounding at |d| = SERIES_BELOW."""
+"""Terms of 1/2! + d/3! + d²/4! + ... that reach rounding at |d| = SERIES_BELOW."""
 
 
 @accelerated
@@ -138,14 +138,16 @@ def _kl(
     no_terms = p_total < 1.0
     p_total, q_total = p_total.clamp(min=1.0), q_total.clamp(min=1.0)
     mean = weighted / p_total
-    infinite = mean == math.inf
+    value = mean - (p_total.log() - q_total.log())
+    infinite = value == math.inf
     shape = logits.shape[:-1]
     # Reshaped before the last operation: a view could not be edited in place by the caller.
-    kl = (mean - (p_total.log() - q_total.log())).view(shape).clamp(min=0.0)
+    kl = value.view(shape).clamp(min=0.0)
     kl.masked_fill_(no_terms.view(shape), 0.0)
     if mask is not None:
         kl.masked_fill_(~mask, 0.0)
-    mean, dead = mean.masked_fill(infinite, 0.0), infinite | no_terms
+    mean = mean.masked_fill(infinite, 0.0).masked_fill_(value.isnan(), math.nan)
+    dead = infinite | no_terms
     if forward:
         return kl, _Rows(p_maximum, p_total, q_maximum, q_total, mean, dead)
     return kl, _Rows(q_maximum, q_total, p_maximum, p_total, mean, dead)
@@ -227,7 +229,7 @@ def approx_kl(log_probs: Tensor, other: Tensor, *, estimator: str = "k3") -> Ten
 
     (Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html.) Near
     d = 0 both exp(d) - 1 - d and expm1(d) - d cancel (fp32: 5 % wrong at 1e-3, nothing left at
-    1e-4), so there k3 is summed as d² (1/2 + d/6 + d²/24 + ...). Its gradient is expm1(d).
+    1e-4), so there k3 is summed as d² (1/2! + d/3! + d²/4! + ...). Its gradient is expm1(d).
 
     Differentiable in both arguments, with the samples held fixed; 0 outside the clamp.
 
@@ -270,10 +272,11 @@ class _K3(torch.autograd.Function):
     def forward(ctx: Any, d: Tensor) -> Tensor:
         ctx.save_for_backward(d)
         near = d.clamp(-SERIES_BELOW, SERIES_BELOW)
-        series = torch.ones_like(d)
-        for n in range(SERIES_TERMS[d.dtype] + 1, 2, -1):
-            series.mul_(near).div_(n).add_(1.0)
-        series.mul_(near).mul_(near).div_(2.0)
+        last = SERIES_TERMS[d.dtype] + 1
+        series = near / math.factorial(last)
+        for n in range(last - 1, 2, -1):
+            series.add_(1 / math.factorial(n)).mul_(near)
+        series.add_(0.5).mul_(near).mul_(near)
         return torch.where(d.abs() < SERIES_BELOW, series, torch.expm1(d) - d)
 
     @staticmethod

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
 
-# Two fp32 scratch blocks of this many elements fill 1 MiB, half the L2 cache of a server core.
-CPU_BLOCK_ELEMENTS = 1 << 17
-# On a GPU a block has only to be large beside a launch: 64 MiB of fp32.
-GPU_BLOCK_ELEMENTS = 1 << 24
+# Elements of scratch, all buffers together, for each thread: as fp32 half the 2 MiB L2 cache of a
+# server core; the other half is for the logits passing through.
+CPU_SCRATCH_ELEMENTS = 1 << 18
+# On a GPU a block has only to be large beside a launch: 128 MiB of fp32.
+GPU_SCRATCH_ELEMENTS = 1 << 25
 # Few logits in all, or a short last dimension, are evaluated whole: calls cost more than memory.
 WHOLE_ELEMENTS = 1 << 15
 SHORT_ROW = 64
@@ -183,13 +184,14 @@ def may_ask(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def rows_per_block(logits: Tensor) -> int:
-    """How many rows of `logits` to work on at once; at least 1."""
+def rows_per_block(logits: Tensor, buffers: int) -> int:
+    """How many rows to work on at once, if that takes `buffers` scratch buffers; at least 1."""
     if torch.compiler.is_compiling():
         return max(1, logits.numel() // logits.shape[-1])  # one block: the compiler tiles
+    elements = GPU_SCRATCH_ELEMENTS
     if logits.device.type == "cpu":
-        return max(1, CPU_BLOCK_ELEMENTS * torch.get_num_threads() // logits.shape[-1])
-    return max(1, GPU_BLOCK_ELEMENTS // logits.shape[-1])
+        elements = CPU_SCRATCH_ELEMENTS * torch.get_num_threads()
+    return max(1, elements // (buffers * logits.shape[-1]))
 
 
 def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
@@ -227,9 +229,12 @@ class Scratch:
             shape = (count, rows, logits.shape[-1])
             self._buffers = torch.empty(shape, dtype=dtype, device=logits.device).unbind()
 
-    def __getitem__(self, at: tuple[int, slice]) -> Tensor | None:
-        which, rows = at
-        return self._buffers[which][: rows.stop - rows.start] if self.needed else None
+    def __getitem__(self, at: tuple[int, int]) -> Tensor | None:
+        """Buffer number `at[0]`, cut to `at[1]` rows."""
+        if not self.needed:
+            return None
+        buffer = self._buffers[at[0]]
+        return buffer if len(buffer) == at[1] else buffer[: at[1]]
 
 
 def converted(block: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -110,14 +110,15 @@ def _pick(e: Tensor, uniform: Tensor) -> Tensor:
     start = _search(mass, uniform[:, :1]) * SEGMENT
     columns = start + torch.arange(SEGMENT, device=e.device)
     inside = e.gather(1, columns.clamp(max=width - 1)).masked_fill_(columns >= width, 0.0)
-    return start + _search(inside, uniform[:, 1:])
+    # The bound matters to rows without a distribution only.
+    return (start + _search(inside, uniform[:, 1:])).clamp_(max=width - 1)
 
 
 def _search(weights: Tensor, uniform: Tensor) -> Tensor:
     """First column whose cumulative weight exceeds uniform x total: its own weight is not 0."""
     cumulative = weights.cumsum(1, dtype=torch.float64)
     target = uniform * cumulative[:, -1:]
-    # The bound serves rows without a distribution, whose search runs off the end.
+    # A row without a distribution has the search run off its end.
     return torch.searchsorted(cumulative, target, right=True).clamp_(max=weights.shape[1] - 1)
 
 
@@ -126,7 +127,7 @@ def _check_rows(name: str, total: Tensor, mask: Tensor | None) -> None:
     if mask is not None:
         bad &= mask
     if bad.any():
-        row = int(bad.nonzero()[0])
+        row = int(bad.int().argmax())
         what = "is all -inf" if total[row] == 0 else "holds NaN or +inf"
         raise ValueError(
             f"{name}: row {row} of the logits {what}, so there is nothing to draw from; "

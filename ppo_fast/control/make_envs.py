@@ -1,0 +1,166 @@
+"""From what a user names (an id, an environment, a callable, a pool) to `Environments`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from ppo_fast.control.envs import Environments
+
+ATARI_WORDS = ("ALE/", "NoFrameskip")
+
+
+def make_environments(
+    env: str | gym.Env | Callable[[], Any] | Any, num_envs: int | None, vectorization: str
+) -> Environments:
+    """Turn whatever the user names into `Environments`.
+
+    Args:
+        env: a Gymnasium id ("module:id" imports the module first), an `Env`, a callable returning one (or
+            a vector environment), a `VectorEnv`, an EnvPool, or a tensor environment.
+        num_envs: how many to make; None means 8 for ids and callables. Must agree with a vector
+            environment's own number.
+        vectorization: "auto", "sync" or "async"; see `ControlConfig`.
+
+    Raises:
+        ValueError: an unknown id, a `num_envs` that contradicts the environment, or a space without
+            support.
+        TypeError: something that is no environment.
+    """
+    env_id = env if isinstance(env, str) else getattr(getattr(env, "spec", None), "id", None)
+    if isinstance(env, str):
+        vector: Any = _from_id(env, num_envs or 8, vectorization)
+    elif isinstance(env, gym.Env) and not hasattr(env, "single_action_space"):
+        vector = SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
+    elif callable(env) and (isinstance(env, type) or not hasattr(env, "step")):
+        vector = _from_callable(env, num_envs or 8, vectorization)
+    else:
+        vector = env
+    if _is_envpool(vector):
+        vector = EnvPoolEnv(vector)
+    for name in ("reset", "step", "num_envs"):
+        if not hasattr(vector, name):
+            raise TypeError(
+                f"env is {type(vector).__name__} without {name!r}; expected a Gymnasium id, an Env, a "
+                "callable returning one, a VectorEnv, an EnvPool or a tensor environment"
+            )
+    if num_envs is not None and num_envs != vector.num_envs:
+        raise ValueError(
+            f"num_envs = {num_envs}, but the environment given has {vector.num_envs}; leave num_envs out"
+        )
+    return Environments(vector, env_id)
+
+
+def _from_id(env_id: str, num_envs: int, vectorization: str) -> Any:
+    if any(word in env_id for word in ATARI_WORDS) and importlib.util.find_spec("ale_py"):
+        importlib.import_module("ale_py")  # registers its ids
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        spec = gym.spec(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"environment id {env_id!r} names a module that does not import: {error}"
+        ) from error
+    except gym.error.Error as error:
+        # Atari's ids are known only once its package is there.
+        hint = _extra_hint(env_id) if any(word in env_id for word in ATARI_WORDS) else ""
+        raise ValueError(
+            f"environment id {env_id!r} is unknown to Gymnasium: {error}{hint}"
+        ) from error
+    native = spec.vector_entry_point is not None and not spec.additional_wrappers
+    try:
+        if vectorization == "auto" and native:
+            return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+        return _from_callable(functools.partial(gym.make, name), num_envs, vectorization)
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        raise ImportError(
+            f"environment {env_id!r} needs a package: {error}{_extra_hint(env_id, spec)}"
+        ) from error
+
+
+def _extra_hint(env_id: str, spec: Any = None) -> str:
+    entry = str(getattr(spec, "entry_point", ""))
+    for extra, words in {
+        "atari": (*ATARI_WORDS, "ale_py"),
+        "mujoco": ("mujoco",),
+        "box2d": ("box2d", "LunarLander", "BipedalWalker", "CarRacing"),
+    }.items():
+        if any(word in env_id or word in entry for word in words):
+            return f"; install it with pip install 'ppo-fast[{extra}]'"
+    return ""
+
+
+def _from_callable(make: Callable[[], Any], num_envs: int, vectorization: str) -> Any:
+    # We choose SAME_STEP where we may: no row of a rollout is spent on a reset.
+    if vectorization == "async":
+        worker = _deaf_to_interrupts(make)
+        return AsyncVectorEnv([worker] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    first = make()
+    if not isinstance(first, gym.Env) or hasattr(first, "single_action_space"):
+        return first
+    others = [make() for _ in range(num_envs - 1)]
+    if any(other is first for other in others):
+        raise ValueError(
+            "the callable returned the same environment twice; expected a new one from every call, as "
+            "in lambda: gym.make(...)"
+        )
+    made = iter([first, *others])
+    return SyncVectorEnv([lambda: next(made)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _deaf_to_interrupts(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Ctrl-C reaches every process of a terminal; the workers leave it to ours, which saves first."""
+    ours = os.getpid()
+
+    def make_in_worker() -> Any:
+        if os.getpid() != ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return make()
+
+    return make_in_worker
+
+
+def _is_envpool(env: Any) -> bool:
+    return any("envpool" in base.__module__ for base in type(env).__mro__) and hasattr(
+        env, "config"
+    )
+
+
+class EnvPoolEnv:
+    """EnvPool's Gymnasium interface with the few names a vector environment has and it lacks.
+
+    EnvPool resets on the step after an episode's end (NEXT_STEP) and is seeded when made.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.pool = pool
+        self.num_envs = int(pool.config["num_envs"])
+        self.single_observation_space = pool.observation_space
+        self.single_action_space = pool.action_space
+
+    def reset(self, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start new episodes; the seed was fixed when the pool was made."""
+        return self.pool.reset()
+
+    def step(self, actions: np.ndarray) -> tuple[Any, ...]:
+        """Step all environments; the action's dtype follows the pool's."""
+        obs, rewards, terminated, truncated, info = self.pool.step(
+            actions.astype(self.single_action_space.dtype, copy=False)
+        )
+        return obs, rewards, terminated.astype(bool), truncated.astype(bool), info
+
+    def close(self) -> None:
+        """Stop the pool's threads."""
+        self.pool.close()
