@@ -15,7 +15,7 @@ import gc
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +129,9 @@ def measure(case: Case, arms: dict[str, Build], rounds: int) -> dict[str, list[R
             done = run_round(arms[arm], case, seed=number + 1)
             found[arm].append(done)
             rate = done.trained.steps / done.seconds
-            print(f"round {number + 1} of {rounds}: {NAMES[arm]:18} {rate:8.0f} steps/s", flush=True)
+            print(
+                f"round {number + 1} of {rounds}: {NAMES[arm]:18} {rate:8.0f} steps/s", flush=True
+            )
     return found
 
 
@@ -218,11 +220,11 @@ def draw(rows: Sequence[dict[str, Any]], title: str, out: Path) -> None:
             ax.plot([row["sps_min"], row["sps_max"]], [place, place], color="#22303c", linewidth=1)
             text = f"{row['sps_median']:,.0f}"
             if row.get("times_sb3") and row["arm"] != SB3:
-                text += f"  ({row['times_sb3']:.1f}x SB3)"
+                text += f"  ({row['times_sb3']:.2f}x SB3)"
             ax.text(row["sps_max"] + widest / 80, place, text, va="center")
         ax.set_yticks(range(len(rows)), [row["arm"] for row in rows], color="#22303c")
         ax.invert_yaxis()
-        ax.set_xlim(0, 1.25 * widest)
+        ax.set_xlim(0, 1.4 * widest)
         ax.set_xlabel("environment steps per second, median and range of rounds")
         ax.set_title(title)
         figure.savefig(out, dpi=160)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Literal
+
+from gymnasium.error import DependencyNotInstalled
 
 from ppo_fast.config import ControlConfig
 from ppo_fast.extras import require
@@ -28,16 +32,28 @@ USAGE = """ppo-fast: PPO in PyTorch whose hot paths are Triton kernels
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainFlags(ControlConfig):
-    """Flags of `ppo-fast train`: every field of ControlConfig, and how long to train."""
+    """Train PPO on a Gymnasium environment.
+
+    Known ids start from a recipe, whose values are the defaults shown; any flag overrides. The run
+    folder gets config.json, checkpoint.safetensors, metrics.csv, TensorBoard events and
+    learning_curve.png.
+    """
 
     total_timesteps: int = 100_000
     """environment steps to train for"""
+    norm_adv: Literal["minibatch", "batch", "none"] = "minibatch"
+    """whiten advantages over each minibatch, once over the whole rollout, or not at all"""
+    run_dir: str | None = None
+    """folder to write the run to; None makes runs/ENV_ID/TIME-seedSEED"""
     progress_bar: bool = True
     """show a progress bar"""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 1 (an error the message explains), 2 (usage) or 130."""
+    """Run the command line.
+
+    Exits with 0, 1 (an error the message explains), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM).
+    """
     arguments = sys.argv[1:] if argv is None else argv
     commands: dict[str, Callable[[list[str]], None]] = {
         "train": _train,
@@ -50,33 +66,45 @@ def main(argv: list[str] | None = None) -> None:
         return
     if arguments[0] not in commands:
         _fail(f"unknown command {arguments[0]!r}\n\n{USAGE}", 2)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        commands[arguments[0]](arguments[1:])
+        with _log_shown():
+            commands[arguments[0]](arguments[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        ImportError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
-        # Errors of our own are sentences; what an environment raised needs its traceback.
-        if _is_ours(error):
+    except Exception as error:
+        if isinstance(error, DependencyNotInstalled) or _is_ours(error):
             _fail(str(error), 1)
         raise
 
 
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Show this package's log, and only this, on stderr."""
+    log, handler = logging.getLogger("ppo_fast"), logging.StreamHandler()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 def _is_ours(error: BaseException) -> bool:
-    trace = error.__traceback__
-    last = None
-    while trace is not None:
-        last, trace = trace, trace.tb_next
-    return last is not None and str(last.tb_frame.f_globals.get("__name__", "")).startswith(
-        "ppo_fast"
-    )
+    """Whether a `raise` statement of this package made the error.
+
+    Those are sentences for the user. What an environment raised, and what is our own mistake, needs
+    its traceback.
+    """
+    last = error.__traceback__
+    if last is None:
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    package = str(last.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    operation = last.tb_frame.f_code.co_code[last.tb_lasti]
+    return package == "ppo_fast" and dis.opname[operation] == "RAISE_VARARGS"
 
 
 def _fail(message: str, status: int) -> None:
@@ -88,8 +116,9 @@ def _train(arguments: list[str]) -> None:
     from ppo_fast.control.ppo import PPO
     from ppo_fast.control.recipes import RECIPES, recipe
 
-    if arguments and arguments[0] == "--resume":
-        _resume(arguments[1:])
+    if arguments and arguments[0].partition("=")[0] == "--resume":
+        _, given, run = arguments[0].partition("=")
+        _resume(([run] if given else []) + arguments[1:])
         return
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         _fail(f"train needs an environment id first\n\n{USAGE}", 2)
@@ -114,7 +143,7 @@ def _train(arguments: list[str]) -> None:
 def _resume(arguments: list[str]) -> None:
     from ppo_fast.control.ppo import PPO
 
-    if len(arguments) != 1:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
         _fail("train --resume takes one run folder and no other flag", 2)
     model = PPO.load(arguments[0], run_dir=arguments[0])
     print(f"resuming {arguments[0]} at {model.num_timesteps} steps")
@@ -128,71 +157,74 @@ def _run(model: PPO, learn: Callable[[], object]) -> None:
     finally:
         model.close()
     seconds = time.perf_counter() - started
-    metrics = model.metrics
     steps = model.num_timesteps - before
-    print(f"{steps} steps in {seconds:.1f} s ({steps / seconds:,.0f} a second)")
-    if "rollout/ep_rew_mean" in metrics:
-        window = len(model.episodes.returns)
-        print(f"mean return of the last {window} episodes: {metrics['rollout/ep_rew_mean']:.1f}")
-    stop = model.config.stop_return
-    if stop is not None and metrics.get("rollout/ep_rew_mean", float("-inf")) < stop:
-        _fail(f"the mean return did not reach stop_return = {stop}", 1)
+    print(f"{steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} a second)")
+    window = len(model.episodes.returns)
+    reached = f"{model.metrics['rollout/ep_rew_mean']:.1f}" if window else "none finished"
+    print(f"mean return of the last {window} episodes: {reached}")
     folder = Path(str(model.config.run_dir))
     print(f"run folder {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
+    if model.config.stop_return is not None and not model.reached_stop_return():
+        _fail(
+            f"stop_return = {model.config.stop_return:g} was not reached by the mean return of "
+            f"{model.config.stats_window} episodes in {model.num_timesteps:,} steps",
+            1,
+        )
 
 
 def _eval(arguments: list[str]) -> None:
-    tyro = require("tyro", "train", "the ppo-fast command")
-
-    def evaluate_run(
-        run: Annotated[Path, tyro.conf.Positional],
-        episodes: int = 10,
-        deterministic: bool = True,
-        seed: int = 10_000,
-        video: bool = False,
-    ) -> None:
-        """Play whole episodes with the policy of a run folder or checkpoint.
-
-        Args:
-            run: run folder or checkpoint file.
-            episodes: how many episodes.
-            deterministic: most likely actions, or samples.
-            seed: of the environments.
-            video: record the first episode as an MP4 beside the run (needs the extra `video`).
-        """
-        from ppo_fast.control.evaluate import evaluate, record_video
-        from ppo_fast.control.ppo import PPO
-
-        model = PPO.load(run)
-        print(evaluate(model, episodes=episodes, deterministic=deterministic, seed=seed))
-        if video:
-            folder = run if run.is_dir() else run.parent
-            print(f"video: {record_video(model, folder / 'videos', seed=seed)}")
-
-    tyro.cli(evaluate_run, args=arguments, prog="ppo-fast eval")
+    _call(evaluate_run, arguments, "ppo-fast eval")
 
 
 def _plot(arguments: list[str]) -> None:
+    _call(plot_runs, arguments, "ppo-fast plot")
+
+
+def _call(function: Callable[..., None], arguments: list[str], prog: str) -> None:
     tyro = require("tyro", "train", "the ppo-fast command")
+    tyro.cli(function, args=arguments, prog=prog, config=(tyro.conf.PositionalRequiredArgs,))
 
-    def plot_runs(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
-        out: Path = Path("learning_curves.png"),
-    ) -> None:
-        """Draw learning curves of one or several run folders.
 
-        Args:
-            runs: run folders.
-            out: the PNG to write.
-        """
-        from ppo_fast.plots import plot_learning_curves
+def evaluate_run(
+    run: Path,
+    episodes: int = 10,
+    deterministic: bool = True,
+    seed: int = 10_000,
+    video: bool = False,
+) -> None:
+    """Play whole episodes with the policy of a run folder or checkpoint.
 
-        if not runs:
-            raise ValueError("plot needs at least one run folder")
-        plot_learning_curves(list(runs), out)
-        print(out)
+    Args:
+        run: run folder or checkpoint file
+        episodes: how many episodes
+        deterministic: most likely actions, or samples
+        seed: of the environments
+        video: also record an episode as an MP4 beside the run (needs the extra `video`)
+    """
+    from ppo_fast.control.evaluate import evaluate, record_video
+    from ppo_fast.control.ppo import PPO
 
-    tyro.cli(plot_runs, args=arguments, prog="ppo-fast plot")
+    if video:
+        require("moviepy", "video", "eval --video")
+    model = PPO.load(run)
+    print(evaluate(model, episodes=episodes, deterministic=deterministic, seed=seed))
+    if video:
+        folder = run if run.is_dir() else run.parent
+        print(f"video: {record_video(model, folder / 'videos', seed=seed)}")
+
+
+def plot_runs(runs: tuple[Path, ...], out: Path = Path("learning_curves.png")) -> None:
+    """Draw the learning curves of one or several runs.
+
+    Args:
+        runs: run folders
+        out: picture to write; its ending (.png, .svg, .pdf) chooses the format
+    """
+    from ppo_fast.plots import plot_learning_curves
+
+    if not runs:
+        raise ValueError("plot needs at least one run folder")
+    print(plot_learning_curves(runs, out))
 
 
 def _doctor(arguments: list[str]) -> None:

@@ -6,13 +6,34 @@ Field names are CleanRL's; the README translates them for users of other librari
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import numbers
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 
 def _require(ok: bool, field: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{field} = {value!r}; expected {expected}")
+
+
+def _check_types(config: PPOConfig) -> None:
+    """Refuse values of another type than their field's; numpy's numbers become Python's."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kind, *others = str(field.type).split(" | ")
+        if kind not in ("float", "int", "bool", "str") or (value is None and "None" in others):
+            continue
+        wanted: dict[str, tuple[type, str]] = {
+            "float": (numbers.Real, "a number"),
+            "int": (numbers.Integral, "an integer"),
+            "bool": (bool, "True or False"),
+            "str": (str, "a string"),
+        }
+        base, name = wanted[kind]
+        fits = isinstance(value, base) and isinstance(value, bool) == (kind == "bool")
+        _require(fits and value == value, field.name, value, " or ".join([name, *others]))
+        if kind in ("float", "int"):
+            object.__setattr__(config, field.name, float(value) if kind == "float" else int(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +102,22 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         """Check every field; raise ValueError naming the field, its value and what was expected."""
+        _check_types(self)
         if isinstance(self.norm_adv, bool):
             object.__setattr__(self, "norm_adv", "minibatch" if self.norm_adv else "none")
         for field in ("learning_rate", "adam_eps", "max_grad_norm"):
             value = getattr(self, field)
             _require(value > 0, field, value, "a number above 0")
+            # No gradient clipping is a wish, an infinite step size is not.
+            finite = math.isfinite(value) or field == "max_grad_norm"
+            _require(finite, field, value, "a finite number")
         for field in ("gamma", "gae_lambda"):
             value = getattr(self, field)
             _require(0 <= value <= 1, field, value, "a number in [0, 1]")
         for field in ("update_epochs", "num_minibatches"):
             value = getattr(self, field)
-            _require(isinstance(value, int) and value >= 1, field, value, "an integer >= 1")
+            _require(value >= 1, field, value, "an integer >= 1")
+        _require(self.seed >= 0, "seed", self.seed, "an integer >= 0")
         _require(self.clip_coef > 0, "clip_coef", self.clip_coef, "a number above 0")
         for field in ("clip_coef_high", "vf_clip_coef", "target_kl", "adaptive_lr_kl"):
             value = getattr(self, field)
@@ -175,21 +201,13 @@ class ControlConfig(PPOConfig):
             object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         for field in ("num_steps", "stats_window", "save_every"):
             value = getattr(self, field)
-            _require(isinstance(value, int) and value >= 1, field, value, "an integer >= 1")
+            _require(value >= 1, field, value, "an integer >= 1")
         for field in ("num_envs", "torch_threads"):
             value = getattr(self, field)
-            _require(
-                value is None or (isinstance(value, int) and value >= 1),
-                field,
-                value,
-                "an integer >= 1, or None",
-            )
-        _require(
-            all(isinstance(size, int) and size >= 1 for size in self.hidden_sizes),
-            "hidden_sizes",
-            self.hidden_sizes,
-            "integers >= 1",
-        )
+            _require(value is None or value >= 1, field, value, "an integer >= 1, or None")
+        sizes = self.hidden_sizes
+        whole = isinstance(sizes, tuple) and all(isinstance(s, int) and s >= 1 for s in sizes)
+        _require(whole, "hidden_sizes", sizes, "a tuple of integers >= 1")
         for field in ("clip_obs", "clip_reward"):
             value = getattr(self, field)
             _require(value > 0, field, value, "a number above 0")

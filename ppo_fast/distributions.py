@@ -150,6 +150,22 @@ class Categorical:
             **options,
         )
 
+    def checked_mask(self, mask: Tensor, rows: int) -> Tensor:
+        """Return a mask [rows, num_outputs] that leaves every head a choice.
+
+        Raises:
+            ValueError: another shape, or a head without a legal choice.
+        """
+        if mask.shape != (rows, self.num_outputs):
+            raise ValueError(
+                f"action mask has shape {tuple(mask.shape)}; expected [rows, sum of choices] = "
+                f"{(rows, self.num_outputs)}"
+            )
+        for head in mask.split(self.head_sizes, -1):
+            if not head.any(-1).all():
+                raise ValueError("action mask forbids every choice of an action")
+        return mask
+
     def to_env(self, actions: Tensor) -> Tensor:
         """Add the space's start and restore its shape and dtype."""
         if self._start is not None:
@@ -172,8 +188,9 @@ class DiagGaussian:
         self.action_dtype = torch.float32
         self.squash = squash
         self._env_shape = tuple(space.shape)
-        self._low = torch.as_tensor(space.low, dtype=torch.float32).reshape(-1)
-        self._high = torch.as_tensor(space.high, dtype=torch.float32).reshape(-1)
+        # In the space's own dtype: 0.1 in float32 lies above 0.1 in float64.
+        self._low = torch.as_tensor(space.low).reshape(-1)
+        self._high = torch.as_tensor(space.high).reshape(-1)
         bounded = bool(torch.isfinite(self._low).all() and torch.isfinite(self._high).all())
         if squash and not bounded:
             raise ValueError(
@@ -218,13 +235,21 @@ class DiagGaussian:
         )
 
     def to_env(self, actions: Tensor) -> Tensor:
-        """Clip or squash into the bounds and restore the space's shape."""
+        """Clip or squash into the bounds and restore the space's shape and dtype."""
         low, high = self._low.to(actions.device), self._high.to(actions.device)
+        actions = actions.to(low.dtype)
         if self.squash:
             actions = low + (actions.tanh() + 1) * 0.5 * (high - low)
-        else:
-            actions = torch.clamp(actions, low, high)
-        return actions.reshape(actions.shape[0], *self._env_shape)
+        # Rounding may take a squashed action past its bound, too.
+        return torch.clamp(actions, low, high).reshape(actions.shape[0], *self._env_shape)
+
+    def checked_mask(self, mask: Tensor, rows: int) -> Tensor:
+        """Refuse a mask: there is no choice to forbid.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("an action mask is given, but the actions are continuous")
 
 
 def distribution_for(space: spaces.Space, squash: bool = False) -> Categorical | DiagGaussian:

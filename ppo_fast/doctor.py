@@ -162,7 +162,8 @@ def report() -> tuple[str, bool]:
             fine = deviation < 1e-4
             verdict = f"{'ok' if fine else 'WRONG'} {deviation:.1e}"
         except Exception as failure:
-            fine, verdict = False, f"FAILED {failure}"
+            why_not = str(failure).partition("\n")[0]
+            fine, verdict = False, f"FAILED {type(failure).__name__}: {why_not}"
         well = well and fine
         lines.append(f"  {name:24} {served:10} {verdict:14} ({why})")
     lines.append("all is well" if well else "something is wrong: see the lines marked above")

@@ -61,7 +61,7 @@ class ImageEncoder(nn.Module):
     """uint8 images to 512 features by the convolutions of Mnih et al. 2015 (Nature 518).
 
     The smaller of the first and last axis is taken for the channels. Images below 36 pixels, where
-    those kernels do not fit, get two 3x3 convolutions instead.
+    those kernels do not fit, get two 3x3 convolutions of stride 2 instead.
     """
 
     def __init__(self, shape: tuple[int, ...], ortho: bool) -> None:
@@ -69,7 +69,7 @@ class ImageEncoder(nn.Module):
         self.channels_last = shape[-1] < shape[0]
         channels, *size = (shape[2], *shape[:2]) if self.channels_last else shape
         kernels = (
-            [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if min(size) >= 36 else [(32, 3, 1), (64, 3, 1)]
+            [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if min(size) >= 36 else [(32, 3, 2), (64, 3, 2)]
         )
         layers: list[nn.Module] = []
         for width, kernel, stride in kernels:

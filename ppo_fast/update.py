@@ -185,8 +185,9 @@ def ppo_update(
             norm, finite = optimizer.step(stopped)
             going = (~stopped).float()
             stepped = going * finite
-            per_epoch[epoch] += torch.where(stopped, zero, stats) if config.target_kl else stats
-            used[epoch] += going
+            # A skipped minibatch's NaN must not hide what the others did.
+            per_epoch[epoch] += torch.where(stepped > 0, stats, zero)
+            used[epoch] += stepped
             grad_norm += torch.where(finite, norm, zero) * going
             steps += stepped
             skipped += going - stepped

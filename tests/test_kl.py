@@ -4,7 +4,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from ppo_fast.functional import kl as module
+from ppo_fast.functional import log_probs as log_probs_module
 from ppo_fast.functional.kl import approx_kl, kl_from_logits
 
 INF = math.inf
@@ -15,7 +15,7 @@ DIRECTIONS = ["forward", "reverse"]
 def path(request, monkeypatch):
     """Run the test with all rows in one block, and in blocks of two rows."""
     if request.param == "many blocks":
-        monkeypatch.setattr(module, "rows_per_block", lambda logits: 2)
+        monkeypatch.setattr(log_probs_module, "rows_per_block", lambda logits: 2)
     return request.param
 
 
@@ -265,6 +265,13 @@ def test_masked_rows_are_zero_whatever_they_hold(path, direction):
     nothing = torch.zeros(7, dtype=torch.bool)
     assert (kl_from_logits(logits, ref, direction=direction, mask=nothing) == 0).all()
     assert (gradient(logits, ref, g, direction=direction, mask=nothing) == 0).all()
+
+
+def test_a_mask_may_be_strided(path, direction):
+    logits, ref = torch.randn(2, 3, 4, 12)
+    mask = (torch.rand(4, 3) < 0.5).t()
+    ours = kl_from_logits(logits, ref, direction=direction, mask=mask)
+    torch.testing.assert_close(ours, kl_from_logits(logits, ref, direction=direction) * mask)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 from torch.distributions import Categorical, Normal
 
 from ppo_fast.functional import _categorical
@@ -263,6 +263,15 @@ def test_passes_gradcheck(names, options):
     assert gradcheck(loss, leaves(*(rows[name] for name in wanted)))
 
 
+@pytest.mark.parametrize("log_ratio", [1e-2, 1e-3, 1e-4, -1e-3])
+def test_a_small_kl_keeps_its_digits_in_fp32(log_ratio):
+    log_probs, old = torch.tensor([log_ratio]), torch.zeros(1)
+    result = ppo_loss(log_probs, old, old, clip_coef=0.2, ref_log_probs=-old)
+    exact = [math.expm1(d) - d for d in (log_probs.item(), -log_probs.item())]
+    assert result.approx_kl.item() == pytest.approx(exact[0], rel=3e-3)
+    assert result.kl.item() == pytest.approx(exact[1], rel=3e-3)
+
+
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     old = torch.randn(50, dtype=F64)
     advantages = torch.randn(50, dtype=F64)
@@ -293,7 +302,9 @@ def test_clip_edges_follow_torch(advantage):
         assert 1 - (1 - low) == low
         assert 1 + (high - 1) == high
         _, got = gradients_of(lambda r, o=options: ppo_loss(**r, **o).loss, rows, ["log_probs"])
-        _, expected = gradients_of(lambda r, o=options: autograd_oracle(r, **o), rows, ["log_probs"])
+        _, expected = gradients_of(
+            lambda r, o=options: autograd_oracle(r, **o), rows, ["log_probs"]
+        )
         torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
 
 
@@ -508,7 +519,9 @@ def test_any_shape_and_strides_are_the_flat_batch():
     strided = {name: row.view(4, 6).t().contiguous().t() for name, row in flat.items()}
     assert not strided["values"].is_contiguous()
     mask = keep.view(4, 6)
-    got_loss, got = gradients_of(lambda r: ppo_loss(**r, mask=mask, **options).loss, strided, wanted)
+    got_loss, got = gradients_of(
+        lambda r: ppo_loss(**r, mask=mask, **options).loss, strided, wanted
+    )
     torch.testing.assert_close(got_loss, loss)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other.view(4, 6))
@@ -528,7 +541,9 @@ def test_zero_dimensional_tensors_serve_as_coefficients():
     loss, expected = gradients_of(
         lambda r: ppo_loss(**r, **{**options, **numbers}).loss, rows, wanted
     )
-    got_loss, got = gradients_of(lambda r: ppo_loss(**r, **{**options, **tensors}).loss, rows, wanted)
+    got_loss, got = gradients_of(
+        lambda r: ppo_loss(**r, **{**options, **tensors}).loss, rows, wanted
+    )
     torch.testing.assert_close(got_loss, loss)
     torch.testing.assert_close(got, expected)
     # One of the two clip bounds alone.
@@ -553,17 +568,14 @@ def test_the_upstream_gradient_scales_and_the_graph_may_be_reused():
         assert torch.equal(a, c)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_double_backward_and_vmap_are_refused():
     rows = pick(batch(8))
     rows["log_probs"].requires_grad_()
-    (grad,) = torch.autograd.grad(
-        ppo_loss(**rows, clip_coef=0.2).loss, rows["log_probs"], create_graph=True
-    )
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
-    with pytest.raises(RuntimeError):
-        gradgradcheck(lambda x: ppo_loss(**{**rows, "log_probs": x}, clip_coef=0.2).loss,
-                      [rows["log_probs"]])  # fmt: skip
+    with pytest.raises(NotImplementedError, match="create_graph=True"):
+        torch.autograd.grad(
+            ppo_loss(**rows, clip_coef=0.2).loss, rows["log_probs"], create_graph=True
+        )
 
     def one(log_probs):
         return ppo_loss(log_probs, log_probs.detach(), log_probs.detach(), clip_coef=0.2).loss
@@ -591,6 +603,7 @@ def test_the_loss_shares_no_memory_with_the_statistics():
     with torch.no_grad():
         result.loss.mul_(2)
     assert result.policy_loss == before
+    assert before != 0
 
 
 def test_inputs_are_left_alone():
@@ -697,9 +710,7 @@ def test_logits_agree_with_ppo_loss_in_either_layout(a, dtype):
     policy = Categorical(logits=logits)
     options = {"clip_coef": 0.2, "vf_clip_coef": 0.2, "ent_coef": 0.01, "kl_coef": 0.1}
     got = ppo_loss_from_logits(logits, actions, **rows, **options)
-    expected = ppo_loss(
-        policy.log_prob(actions), entropy=policy.entropy(), **rows, **options
-    )
+    expected = ppo_loss(policy.log_prob(actions), entropy=policy.entropy(), **rows, **options)
     torch.testing.assert_close(got.stats, expected.stats)
     torch.testing.assert_close(got.loss, expected.loss)
 
@@ -814,7 +825,9 @@ def test_a_nan_logit_stays_in_its_row():
     logits[1, 2] = math.nan
     logits.requires_grad_()
     zeros = torch.zeros(3)
-    ppo_loss_from_logits(logits, torch.tensor([0, 1, 2]), zeros, zeros, clip_coef=0.2).loss.backward()
+    ppo_loss_from_logits(
+        logits, torch.tensor([0, 1, 2]), zeros, zeros, clip_coef=0.2
+    ).loss.backward()
     assert logits.grad.isnan().any(1).tolist() == [False, True, False]
 
 
@@ -955,9 +968,9 @@ def test_gaussian_matches_autograd_through_torch_distributions(names, options, p
     wanted = [name for name in ("mean", "log_std", "values") if name in rows]
     for mask in (None, keep):
         compare(
-            lambda r, m=mask: ppo_loss_from_gaussian(
-                clip_coef=0.2, squash=squash, mask=m, **r, **options
-            ).loss,
+            lambda r, m=mask: (
+                ppo_loss_from_gaussian(clip_coef=0.2, squash=squash, mask=m, **r, **options).loss
+            ),
             lambda r, m=mask: oracle(r, m),
             rows,
             wanted,
@@ -974,9 +987,9 @@ def test_gaussian_passes_gradcheck(per_row, squash):
                "kl_coef": 0.1, "old_kl_coef": 0.1, "squash": squash}  # fmt: skip
     values = rows.pop("values")
     assert gradcheck(
-        lambda mean, log_std, v: ppo_loss_from_gaussian(
-            mean, log_std, head["actions"], values=v, **rows, **options
-        ).loss,
+        lambda mean, log_std, v: (
+            ppo_loss_from_gaussian(mean, log_std, head["actions"], values=v, **rows, **options).loss
+        ),
         leaves(head["mean"], head["log_std"], values),
     )
 
@@ -1060,7 +1073,9 @@ def sb3(policy, actions, r, clip_range, ent_coef, vf_coef):
     a = (a - a.mean()) / (a.std() + 1e-8)
     log_prob = policy.log_prob(actions)
     ratio = torch.exp(log_prob - r["old_log_probs"])
-    policy_loss = -torch.min(a * ratio, a * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)).mean()
+    policy_loss = -torch.min(
+        a * ratio, a * torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
+    ).mean()
     pred = r["old_values"] + torch.clamp(r["values"] - r["old_values"], -clip_range, clip_range)
     value_loss = torch.nn.functional.mse_loss(r["returns"], pred)
     entropy_loss = -torch.mean(policy.entropy())

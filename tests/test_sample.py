@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ppo_fast.functional import log_probs as log_probs_module
-from ppo_fast.functional import sample as module
 from ppo_fast.functional.log_probs import log_probs_from_logits
 from ppo_fast.functional.sample import sample_from_logits
 from ppo_fast.results import Sample
@@ -16,7 +15,7 @@ INF = math.inf
 def path(request, monkeypatch):
     """Run the test with all rows in one block, and in blocks of two rows."""
     if request.param == "many blocks":
-        monkeypatch.setattr(module, "rows_per_block", lambda logits: 2)
+        monkeypatch.setattr(log_probs_module, "rows_per_block", lambda logits: 2)
     return request.param
 
 
@@ -120,9 +119,7 @@ def test_impossible_outcomes_are_never_drawn(path, width):
 def test_the_ends_of_the_unit_interval_draw_possible_outcomes(monkeypatch, uniform, width):
     logits = torch.randn(20, width, generator=seeded(2))
     logits[:, :3] = logits[:, -2:] = -INF
-    monkeypatch.setattr(
-        torch, "rand", lambda *shape, dtype, **_: torch.full(shape, uniform, dtype=dtype)
-    )
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, **_: self.fill_(uniform))
     drawn = sample_from_logits(logits)
     assert (drawn.actions == (3 if uniform == 0 else width - 3)).all()
 
@@ -185,8 +182,8 @@ def test_nothing_is_differentiated():
 
 def test_compiles_to_one_graph():
     compiled = torch.compile(sample_from_logits, fullgraph=True, backend="aot_eager")
-    for width in (5, 1200):
-        logits = torch.randn(4, width, generator=seeded(1))
+    for rows, width in ((4, 5), (6, 5), (4, 1200)):
+        logits = torch.randn(rows, width, generator=seeded(1))
         torch.manual_seed(5)
         ours = compiled(logits, temperature=0.8)
         torch.manual_seed(5)

@@ -101,10 +101,6 @@ class Collector:
         action_mask = self.envs.action_masks()
         if action_mask is not None:
             self._expect_action_mask(action_mask)
-            width = self.distribution.num_outputs
-            self.rollout.action_mask = torch.ones(
-                self.num_steps, self.envs.num_envs, width, dtype=torch.bool, device=self.device
-            )
 
     def tensors(self) -> dict[str, Tensor]:
         """What the next rollout begins with, by checkpoint name."""
@@ -112,6 +108,9 @@ class Collector:
         state = {f"collector.obs.{path}": leaf[self.num_steps] for path, leaf in rows}
         if self._ignored is not None:
             state["collector.ignored"] = torch.as_tensor(self._ignored)
+        action_mask = self.envs.action_masks()
+        if action_mask is not None:
+            state["collector.action_mask"] = torch.as_tensor(action_mask)
         return state
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -119,8 +118,12 @@ class Collector:
         for path, leaf in tree_leaves(self.rollout.inputs):
             leaf[self.num_steps].copy_(tensors[f"collector.obs.{path}"])
         if self._ignored is not None:
-            ignored = tensors["collector.ignored"]
-            self._ignored = ignored.to(self.device) if self.envs.on_device else ignored.numpy()
+            self._ignored = self._as_told(tensors["collector.ignored"])
+        if "collector.action_mask" in tensors:
+            self.envs.info = {"action_mask": self._as_told(tensors["collector.action_mask"])}
+
+    def _as_told(self, saved: Tensor) -> Any:
+        return saved.to(self.device) if self.envs.on_device else saved.numpy()
 
     def _stage(self) -> None:
         """Choose where a step's rewards and flags are written.
@@ -144,13 +147,16 @@ class Collector:
             self._staged = True
 
     def _expect_action_mask(self, mask: Any) -> None:
-        expected = (self.envs.num_envs, self.distribution.num_outputs)
         if not isinstance(self.distribution, Categorical):
             raise ValueError("the environment gives action masks, but its actions are continuous")
+        expected = (self.envs.num_envs, self.distribution.num_outputs)
         if tuple(mask.shape) != expected:
             raise ValueError(
                 f"action mask has shape {tuple(mask.shape)}; expected [num_envs, sum of choices] = {expected}"
             )
+        self.rollout.action_mask = torch.ones(
+            self.num_steps, *expected, dtype=torch.bool, device=self.device
+        )
 
     @torch.no_grad()
     def collect(self) -> Rollout:
@@ -158,6 +164,7 @@ class Collector:
 
         Raises:
             ValueError: an observation or a reward is NaN or infinite, or an action mask forbids all.
+            FloatingPointError: the policy chose NaN or infinite actions.
         """
         r = self.rollout
         r.all_valid = self.envs.mode != AutoresetMode.NEXT_STEP
@@ -194,13 +201,7 @@ class Collector:
 
     def _act(self, t: int, noise: Tensor) -> Any:
         obs = tree_map(lambda rows: rows[t], self._input_rows)
-        mask = None
-        if self.rollout.action_mask is not None:
-            mask = self.rollout.action_mask[t]
-            told = self.envs.action_masks()
-            if told is not None:
-                mask.copy_(torch.as_tensor(told))
-                self._check_action_mask(t, mask)
+        mask = self._action_mask(t)
         parameters = actor_of(self.policy, obs)
         actions = self.distribution.sample(parameters, noise, mask)
         self._action_rows[t].copy_(actions)
@@ -209,14 +210,28 @@ class Collector:
             return actions
         return actions.cpu().numpy()
 
-    def _check_action_mask(self, t: int, mask: Tensor) -> None:
-        if mask.device.type != "cpu":
-            return
+    def _action_mask(self, t: int) -> Tensor | None:
+        told = self.envs.action_masks()
+        if told is not None and self.rollout.action_mask is None:
+            self._expect_action_mask(told)
+        if self.rollout.action_mask is None:
+            return None
+        mask = self.rollout.action_mask[t]
+        if told is None:
+            return mask.fill_(True)
+        mask.copy_(torch.as_tensor(told))
+        if self.device.type == "cpu":
+            self._check_action_mask(mask.unsqueeze(0), t)
+        return mask
+
+    def _check_action_mask(self, mask: Tensor, first_step: int) -> None:
         for head in mask.split(self.distribution.head_sizes, -1):  # type: ignore[union-attr]
-            if not head.any(-1).all():
-                env = int((~head.any(-1)).nonzero()[0])
+            stuck = ~head.any(-1)
+            if stuck.any():
+                step, env = stuck.nonzero()[0].tolist()
                 raise ValueError(
-                    f"environment {env} forbids every action at step {t}: its mask is all False"
+                    f"environment {env} forbids every action at step {first_step + step} of the "
+                    "rollout: its action mask is all False"
                 )
 
     def _store(self, t: int, step: Step, finals: list[tuple[int, Tree, Any]]) -> None:
@@ -234,19 +249,19 @@ class Collector:
                 finals.append((t, final, step.final_index))
             elif self.device.type != "cpu" or bool(step.truncated.any()):
                 # All rows at once: picking the truncated ones would wait for the GPU.
-                self.rollout.bootstrap_values[t] = critic_of(self.policy, final)
+                self.rollout.bootstrap_values[t] = self._final_values(final)
 
-    def _tensor(self, leaf: Any, like: Tensor) -> Tensor:
-        if not isinstance(leaf, Tensor):
-            leaf = torch.from_numpy(np.ascontiguousarray(leaf))
-        return leaf.to(device=like.device, dtype=like.dtype)
+    def _normalize(self, normalizer: ObservationNormalizer, leaf: Tensor) -> Tensor:
+        # inf - inf is NaN: what clipping would hide stays for the check after the rollout to find.
+        return normalizer(leaf) + (leaf - leaf)
 
     def _normalized(self, obs: Any) -> Tree:
         named = obs if isinstance(obs, dict) else {"": obs}
-        storage = dict(tree_leaves(self.rollout.inputs))
-        leaves = {path: self._tensor(named[path], like) for path, like in storage.items()}
-        for path, normalizer in self.obs_normalizers.items():
-            leaves[path] = normalizer(leaves[path])
+        leaves = {}
+        for path, like in tree_leaves(self.rollout.inputs):
+            leaf = _tensor(named[path]).to(device=like.device, dtype=like.dtype)
+            normalizer = self.obs_normalizers.get(path)
+            leaves[path] = leaf if normalizer is None else self._normalize(normalizer, leaf)
         return leaves[""] if "" in leaves else leaves
 
     def _store_observation(self, obs: Any, row: int, ignored: Any) -> None:
@@ -256,14 +271,14 @@ class Collector:
             # An observation no action answers is left out of the statistics in every mode alike.
             valid = ~torch.as_tensor(ignored, device=self.device)
         for path, rows in tree_leaves(self._input_rows):
+            leaf = _tensor(named[path])
             normalizer = self.obs_normalizers.get(path)
-            leaf = named[path]
-            if normalizer is None:
-                rows[row].copy_(leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf))
-            else:
-                leaf = self._tensor(leaf, rows[row])
-                normalizer.update(leaf, valid)
-                rows[row].copy_(normalizer(leaf))
+            if normalizer is not None:
+                leaf = leaf.to(device=self.device, dtype=rows[row].dtype)
+                finite = leaf.isfinite().view(leaf.shape[0], -1).all(1)
+                normalizer.update(leaf, finite if valid is None else finite & valid)
+                leaf = self._normalize(normalizer, leaf)
+            rows[row].copy_(leaf)
 
     def _finish_columns(self) -> None:
         r = self.rollout
@@ -304,31 +319,49 @@ class Collector:
         who = torch.cat([torch.as_tensor(index) for _, _, index in finals])
         obs = tree_cat([final for _, final, _ in finals])
         parts = [
-            critic_of(self.policy, tree_rows(obs, slice(start, start + chunk)))
+            self._final_values(tree_rows(obs, slice(start, start + chunk)))
             for start in range(0, len(where), chunk)
         ]
         self.rollout.bootstrap_values[where.to(self.device), who.to(self.device)] = torch.cat(parts)
+
+    def _final_values(self, obs: Tree) -> Tensor:
+        """Values [K] of last observations, NaN where one is not finite."""
+        values = critic_of(self.policy, obs)
+        for _, leaf in tree_leaves(obs):
+            if leaf.is_floating_point():
+                values = values + (leaf - leaf).reshape(len(leaf), -1).sum(1)
+        return values
 
     def _chunk_rows(self) -> int:
         elements = sum(math.prod(leaf.shape[2:]) for _, leaf in tree_leaves(self.rollout.inputs))
         return max(self.envs.num_envs, CHUNK_ELEMENTS // max(1, elements))
 
     def _check_finite(self) -> None:
-        """Refuse NaN and infinite observations and rewards before anything learns from them."""
+        """Refuse NaN and infinity before anything learns from them, and name their source."""
         r = self.rollout
-        named = {f"observation {path}".strip(): leaf for path, leaf in tree_leaves(r.inputs)}
-        for name, column in {**named, "reward": r.rewards}.items():
-            if not column.is_floating_point():
+        if r.actions.is_floating_point() and not r.actions.isfinite().all():
+            raise FloatingPointError(
+                "the policy chose NaN or infinite actions; lower learning_rate, normalise observations "
+                "and rewards (norm_obs, norm_reward), or check the policy's outputs"
+            )
+        if r.action_mask is not None and self.device.type != "cpu":
+            self._check_action_mask(r.action_mask, 0)
+        columns = {f"observation {path}".strip(): leaf for path, leaf in tree_leaves(r.inputs)}
+        columns["reward"] = r.rewards if r.all_valid else r.rewards.where(r.mask, 0.0)
+        if r.values.isfinite().all():
+            cut = r.truncated & ~r.terminated
+            columns["last observation of an episode"] = r.bootstrap_values.masked_fill(~cut, 0.0)
+        for name, column in columns.items():
+            if not column.is_floating_point() or column.isfinite().all():
                 continue
-            finite = column.isfinite()
-            if finite.all():
-                continue
-            row, env = (~finite).nonzero()[0, :2].tolist()
+            row, env = (~column.isfinite()).nonzero()[0, :2].tolist()
             step = row - 1 if name.startswith("observation") else row
             raise ValueError(
-                f"environment {env} returned {name} = {column[row, env].tolist()} at step {step} of the "
-                "rollout; PPO needs finite observations and rewards. Check the environment, or clip it"
+                f"environment {env} returned {name} = {column[row, env].tolist()} "
+                f"{f'at step {step} of the rollout' if step >= 0 else 'from reset'}; PPO needs finite "
+                "observations and rewards. Check the environment, or clip what it returns"
             )
-        for path, normalizer in self.obs_normalizers.items():
-            if not normalizer.moments.mean.isfinite().all():
-                raise ValueError(f"an environment returned an infinite observation {path}".strip())
+
+
+def _tensor(leaf: Any) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.from_numpy(np.ascontiguousarray(leaf))

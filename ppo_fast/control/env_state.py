@@ -67,8 +67,6 @@ STATELESS_WRAPPERS = (
 )
 
 MUJOCO = "gymnasium.envs.mujoco."
-# Drawn by a reset, in Pusher and Reacher.
-MUJOCO_ATTRIBUTES = ("cylinder_pos", "goal", "goal_pos")
 # Derived from the state one substep late; Ant and Humanoid read them before they step.
 MUJOCO_DERIVED = ("xipos", "xpos")
 
@@ -178,7 +176,7 @@ def _episode_state(env: Any) -> tuple[str, ...] | None:
             return ()
         return EPISODE_STATE.get(_class_name(env))
     if _is_mujoco(env):
-        return (GENERATOR, *MUJOCO_ATTRIBUTES)
+        return (GENERATOR,)
     known = EPISODE_STATE.get(_class_name(env))
     return None if known is None else (GENERATOR, *known)
 
@@ -189,7 +187,10 @@ def _mujoco_state(env: Any) -> dict[str, np.ndarray]:
     spec = mujoco.mjtState.mjSTATE_INTEGRATION
     integration = np.empty(mujoco.mj_stateSize(env.model, spec))
     mujoco.mj_getState(env.model, env.data, integration, spec)
-    return {"integration": integration, **{name: getattr(env.data, name) for name in MUJOCO_DERIVED}}
+    return {
+        "integration": integration,
+        **{name: getattr(env.data, name) for name in MUJOCO_DERIVED},
+    }
 
 
 def _set_mujoco_state(env: Any, data: dict[str, np.ndarray]) -> None:

@@ -76,6 +76,7 @@ class Environments:
         self.mode = _autoreset_mode(env)
         self.on_device = False
         self.approximate_truncation = False
+        self._over: Array | None = None
         self._takes_seed = _accepts_seed(env)
         self.observation_space, self.action_space = _single_spaces(env)
         self.leaves = space_leaves(self.observation_space)
@@ -98,6 +99,7 @@ class Environments:
         # Tensor environments of robotics libraries take their seed when made.
         result = self._call("reset", **({"seed": seed} if self._takes_seed else {}))
         obs, self.info = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        self._over = None
         obs = flatten_observation(obs)
         first = next(iter(obs.values())) if isinstance(obs, dict) else obs
         self.on_device = isinstance(first, Tensor)
@@ -183,7 +185,8 @@ class Environments:
         self.info = info
         obs = self._checked(flatten_observation(obs))
         if self.mode == AutoresetMode.NEXT_STEP:
-            return Step(obs, rewards, terminated, truncated, terminated | truncated, None, None)
+            self._over = terminated | truncated
+            return Step(obs, rewards, terminated, truncated, self._over, None, None)
         cut = truncated & ~terminated
         if self.mode == AutoresetMode.DISABLED:
             return self._reset_done(obs, rewards, terminated, truncated, cut)
@@ -243,19 +246,18 @@ class Environments:
     def action_masks(self) -> Array | None:
         """Legal actions [N, A] bool for the current observation, where the environment tells them.
 
-        Read from `info["action_mask"]` (Gymnasium's toy text, PettingZoo), or else from a method
-        `action_masks()` of the environment (sb3-contrib's convention).
+        All are legal where the next action will be ignored. Read from `info["action_mask"]`
+        (Gymnasium's toy text, PettingZoo), or else from a method `action_masks()` of the
+        environment (sb3-contrib's convention).
         """
         legal = self._legal(self.info)
-        if legal is not None:
-            return legal
-        if hasattr(self.env, "action_masks"):
+        if legal is None and hasattr(self.env, "action_masks"):
             mask = self.env.action_masks()
-            return mask.bool() if isinstance(mask, Tensor) else np.asarray(mask, dtype=bool)
-        if self._has_mask_method:
+            legal = mask.bool() if isinstance(mask, Tensor) else np.asarray(mask, dtype=bool)
+        elif legal is None and self._has_mask_method:
             rows = getattr(self.env, "unwrapped", self.env).call("action_masks")
-            return np.stack([np.asarray(row, dtype=bool).reshape(-1) for row in rows])
-        return None
+            legal = np.stack([np.asarray(row, dtype=bool).reshape(-1) for row in rows])
+        return legal if legal is None or self._over is None else legal | self._over[:, None]
 
     def _legal(self, info: Any) -> Array | None:
         """The legal actions [N, A] an info tells; all of them where it is silent about a row."""
@@ -284,20 +286,26 @@ class Environments:
             self.env.close()
 
 
-def _end_workers(env: Any) -> tuple[int, int] | None:
+def _end_workers(env: Any) -> tuple[int, int | None] | None:
     """End an AsyncVectorEnv of which a worker died; return which and its exit code, or None."""
     env = getattr(env, "unwrapped", env)
     if not isinstance(env, AsyncVectorEnv):
         return None
-    # A pipe breaks a moment before its process is gone.
-    multiprocessing.connection.wait([process.sentinel for process in env.processes], timeout=1)
-    died = [(i, process.exitcode) for i, process in enumerate(env.processes)]
+    # A pipe breaks a moment before its process is gone, and that a moment before its code is known.
+    gone = multiprocessing.connection.wait([p.sentinel for p in env.processes], timeout=1)
+    # A worker whose environment raised has told so, and its pipe is closed.
+    told = [pipe is None for pipe in env.parent_pipes]
+    died = [i for i, p in enumerate(env.processes) if p.sentinel in gone and not told[i]]
+    if not died:
+        return None
+    env.processes[died[0]].join(timeout=1)
+    code = env.processes[died[0]].exitcode
     for process in env.processes:
         process.terminate()
         process.join()
     # Closing it would wait for answers that cannot come.
     env.closed = True
-    return next(((i, code) for i, code in died if code is not None), None)
+    return died[0], code
 
 
 def _accepts_seed(env: Any) -> bool:

@@ -58,10 +58,9 @@ def evaluate(
         raise ValueError(f"evaluate: episodes = {episodes}; expected at least 1")
     if env is None and not model.from_id:
         raise ValueError("evaluate: the model was not trained on an environment id; pass env=")
-    own = env is None
-    width = min(episodes, 8)
-    takes_number = own or isinstance(env, str)
-    envs = make_environments(model.env_id if own else env, width if takes_number else None, "auto")
+    env = model.env_id if env is None else env
+    width = min(episodes, 8) if isinstance(env, str) else None
+    envs = make_environments(env, width, "auto")
     quota = np.full(envs.num_envs, episodes // envs.num_envs)
     quota[: episodes % envs.num_envs] += 1
     returns: list[float] = []
@@ -85,7 +84,8 @@ def evaluate(
             sums[done], steps[done] = 0.0, 0
             ignored = done if envs.mode == AutoresetMode.NEXT_STEP else np.zeros_like(done)
     finally:
-        if own or isinstance(env, str):
+        # An environment given as an object stays its owner's.
+        if not hasattr(env, "step") or isinstance(env, type):
             envs.close()
     return Evaluation(np.asarray(returns), np.asarray(lengths))
 

@@ -10,7 +10,6 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-
 _NOTICE = b"\nfinishing this iteration, then saving; Ctrl-C again stops at once\n"
 
 

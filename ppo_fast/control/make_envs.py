@@ -25,8 +25,8 @@ def make_environments(
     """Turn whatever the user names into `Environments`.
 
     Args:
-        env: a Gymnasium id ("module:id" imports the module first), an `Env`, a callable returning one (or
-            a vector environment), a `VectorEnv`, an EnvPool, or a tensor environment.
+        env: a Gymnasium id ("module:id" imports the module first), an `Env`, a callable that returns a
+            new `Env` (or a vector environment), a `VectorEnv`, an EnvPool, or a tensor environment.
         num_envs: how many to make; None means 8 for ids and callables. Must agree with a vector
             environment's own number.
         vectorization: "auto", "sync" or "async"; see `ControlConfig`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -161,7 +162,12 @@ class PPO:
     def _choose_device(self) -> torch.device:
         wanted = self.config.device
         if wanted != "auto":
-            device = torch.device(wanted)
+            try:
+                device = torch.device(wanted)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"device = {wanted!r}; expected 'auto', 'cpu', 'cuda' or one like 'cuda:1'"
+                ) from error
             if device.type == "cuda" and not torch.cuda.is_available():
                 raise ValueError(f"device = {wanted!r}, but torch sees no GPU; use device = 'cpu'")
             return device
@@ -249,8 +255,9 @@ class PPO:
         threads = torch.get_num_threads()
         if self.device.type == "cpu":
             torch.set_num_threads(config.torch_threads or self._fitting_threads(threads))
+        interrupt = DeferredInterrupt()
         try:
-            with DeferredInterrupt() as interrupt:
+            with interrupt:
                 while self.learn_done < self.learn_total:
                     before = self.learn_done
                     try:
@@ -284,7 +291,7 @@ class PPO:
             if bar is not None:
                 bar.close()
             if self._folder is not None:
-                self._folder.close()
+                self._folder.close(draw=not interrupt.insisted)
                 self._folder = None
         return self
 
@@ -296,8 +303,11 @@ class PPO:
         with self.timer.stage("rollout"):
             try:
                 rollout = collector.collect()
-            except Exception:
-                self._save_after_error()
+            except BaseException as error:
+                # The environments stand somewhere inside the rollout: learn begins new episodes.
+                self.collector = None
+                if isinstance(error, Exception):
+                    self._save_after_error()
                 raise
         with self.timer.stage("gae"):
             batch = rollout.to_batch(
@@ -339,7 +349,13 @@ class PPO:
 
         def value(field: str, anneal: bool) -> float:
             if field in self.schedules:
-                return float(self.schedules[field](remaining))
+                scheduled = float(self.schedules[field](remaining))
+                if not (scheduled >= 0 and math.isfinite(scheduled)):
+                    raise ValueError(
+                        f"{field}({remaining:g}) = {scheduled}; expected a number >= 0 for every "
+                        "remaining progress from 1 to 0"
+                    )
+                return scheduled
             return getattr(config, field) * (remaining if anneal else 1.0)
 
         if config.adaptive_lr_kl is None:
@@ -470,9 +486,9 @@ class PPO:
                 log.info(
                     "the environments' state was not saved: training goes on with new episodes"
                 )
-                self.episodes.running_returns[:] = self.episodes.running_lengths[:] = 0
-                if self.reward_normalizer is not None:
-                    self.reward_normalizer.returns.zero_()
+            self.episodes.running_returns[:] = self.episodes.running_lengths[:] = 0
+            if self.reward_normalizer is not None:
+                self.reward_normalizer.returns.zero_()
             # A loaded run must not replay the episodes it began with.
             self.collector.start(self.config.seed + self.num_timesteps)
 
@@ -530,13 +546,14 @@ class PPO:
             observation), and None where recurrent policies return their state.
 
         Raises:
-            ValueError: an observation of another shape.
+            ValueError: an observation or a mask of another shape, or a mask that forbids all.
         """
         batch, batched = as_batch(obs, self.leaves, self.device)
         mask = None
         if action_masks is not None:
             mask = torch.as_tensor(action_masks, dtype=torch.bool, device=self.device)
-            mask = mask.reshape(-1, self.distribution.num_outputs)
+            rows = len(next(iter(tree_leaves(batch)))[1])
+            mask = self.distribution.checked_mask(mask if mask.dim() > 1 else mask[None], rows)
         with torch.no_grad():
             parameters = actor_of(self.policy, self._normalized(batch))
             if deterministic:
@@ -548,7 +565,8 @@ class PPO:
             actions = self.distribution.to_env(actions)
         if not batched:
             actions = actions[0]
-        return (actions if _is_tensor(obs) else actions.cpu().numpy()), None
+        # [()]: a lone discrete action is a number, which environments may use as a key.
+        return (actions if _is_tensor(obs) else actions.cpu().numpy()[()]), None
 
     def predict_values(self, obs: Any) -> Any:
         """Values of one observation (0-d) or a batch [M], numpy, or torch for a tensor observation."""

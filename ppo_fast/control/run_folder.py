@@ -46,7 +46,10 @@ class RunFolder:
                 f"run_dir {self.path} holds the metrics of a run without a checkpoint; choose another, "
                 "or remove it"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"run_dir {self.path} cannot be made: {error.strerror}") from error
         self.checkpoint = self.path / CHECKPOINT_FILE
         self.logger = RunLogger(self.path, resume_step)
 
@@ -67,9 +70,11 @@ class RunFolder:
         """Append a row of metrics."""
         self.logger.log(step, metrics)
 
-    def close(self) -> None:
+    def close(self, draw: bool = True) -> None:
         """Close the logs and draw the learning curve, where an episode has ended."""
         self.logger.close()
+        if not draw:
+            return
         from ppo_fast.plots import plot_learning_curves
 
         try:

@@ -28,7 +28,6 @@ Meta = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 ENVIRONMENT_PREFIXES = ("env_state", "collector.", "global_rng")
-ACTION_MASK = "collector.action_mask"
 
 
 def save(model: PPO, path: str | os.PathLike[str], with_environments: bool) -> None:
@@ -91,12 +90,9 @@ def _environment_state(model: PPO) -> tuple[Any, Tensors]:
     if captured is None:
         return None, {}
     state, env_tensors = captured
-    # The first action of the next rollout obeys a mask that came with the last step's info.
-    mask = model.envs.action_masks()
-    masks = {} if mask is None else {ACTION_MASK: torch.as_tensor(mask)}
     # Policies and tensor environments may draw from torch's global generator.
     random = {"global_rng": torch.get_rng_state()}
-    return state, {**env_tensors, **model.collector.tensors(), **masks, **random}
+    return state, {**env_tensors, **model.collector.tensors(), **random}
 
 
 def live_tensors(model: PPO) -> Tensors:
@@ -206,8 +202,4 @@ def restore_environments(model: PPO, meta: Meta, tensors: Tensors) -> None:
         tensor.copy_(kept[name])
     restore_state(model.envs.env, meta["env_state"], tensors)
     model.collector.restore(tensors)
-    if ACTION_MASK in tensors:
-        mask = tensors[ACTION_MASK]
-        on_device = model.envs.on_device
-        model.envs.info = {"action_mask": mask.to(model.device) if on_device else mask.numpy()}
     torch.set_rng_state(tensors["global_rng"])

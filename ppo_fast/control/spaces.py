@@ -36,6 +36,8 @@ def space_leaves(space: spaces.Space, path: str = "") -> dict[str, spaces.Space]
     leaves: dict[str, spaces.Space] = {}
     for name, child in children:
         leaves |= space_leaves(child, f"{prefix}{name}")
+    if not leaves:
+        raise ValueError(f"observation space {space} holds no leaf; expected at least one")
     return leaves
 
 
@@ -75,36 +77,52 @@ def as_batch(obs: Any, leaves: dict[str, spaces.Space], device: torch.device) ->
     """Turn one observation or a batch into tensors; say whether it was a batch.
 
     Raises:
-        ValueError: missing leaves, or a shape that is neither one observation nor a batch of them.
+        ValueError: missing leaves, a shape that is neither one observation nor a batch of them, floats
+            for integers, or what is no array at all.
     """
     flat = flatten_observation(obs)
-    if isinstance(flat, dict) != ("" not in leaves) or (
-        isinstance(flat, dict) and set(flat) != set(leaves)
-    ):
-        came = sorted(flat) if isinstance(flat, dict) else type(obs).__name__
-        raise ValueError(f"observation has {came}; expected leaves {sorted(leaves)}")
     named = flat if isinstance(flat, dict) else {"": flat}
+    if set(named) != set(leaves):
+        came = sorted(named) if isinstance(flat, dict) else type(obs).__name__
+        expected = "one array" if "" in leaves else f"leaves {sorted(leaves)}"
+        raise ValueError(f"observation has {came}; expected {expected}")
     tensors: dict[str, Tensor] = {}
-    batched = set()
+    rows: dict[str, int] = {}
+    single = set()
     for path, space in leaves.items():
-        shape = tuple(space.shape or ())
-        leaf = torch.as_tensor(
-            named[path] if isinstance(named[path], Tensor) else np.asarray(named[path])
-        )
+        name = f"observation{f' {path!r}' if path else ''}"
+        shape, dtype = tuple(space.shape or ()), storage_dtype(space)
+        leaf = _as_tensor(name, named[path])
         if tuple(leaf.shape) == shape:
             leaf = leaf.unsqueeze(0)
-            batched.add(False)
+            single.add(True)
         elif tuple(leaf.shape[1:]) == shape and leaf.dim() == len(shape) + 1:
-            batched.add(True)
+            single.add(False)
         else:
             raise ValueError(
-                f"observation{f' {path!r}' if path else ''} has shape {tuple(leaf.shape)}; "
-                f"expected {shape}, or a batch [M, {', '.join(map(str, shape))}]"
+                f"{name} has shape {tuple(leaf.shape)}; "
+                f"expected {shape}, or a batch [{', '.join(map(str, ('M', *shape)))}]"
             )
-        tensors[path] = leaf.to(device=device, dtype=storage_dtype(space))
-    if len(batched) > 1:
+        if leaf.is_floating_point() and not dtype.is_floating_point:
+            raise ValueError(f"{name} has dtype {leaf.dtype}; expected {space.dtype}")
+        tensors[path] = leaf.to(device=device, dtype=dtype)
+        rows[path] = len(leaf)
+    if len(single) > 1:
         raise ValueError("observation mixes single and batched leaves")
-    return (tensors[""] if "" in tensors else dict(tensors)), batched.pop()
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"observation has leaves of unequal batches: {rows} rows")
+    return (tensors[""] if "" in tensors else tensors), not single.pop()
+
+
+def _as_tensor(name: str, leaf: Any) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf
+    try:
+        return torch.as_tensor(np.asarray(leaf))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} is {type(leaf).__name__}; expected an array of numbers: {error}"
+        ) from error
 
 
 def space_to_json(space: spaces.Space) -> dict[str, Any]:
@@ -155,10 +173,10 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space:
         shape, dtype = tuple(data["shape"]), np.dtype(data["dtype"])
 
         def bound(values: Any) -> np.ndarray:
-            numbers = [float(v) for v in values] if isinstance(values, list) else float(values)
-            return np.broadcast_to(
-                np.asarray(numbers).reshape(shape if isinstance(values, list) else ()), shape
-            ).astype(dtype)
+            whole = isinstance(values, list)
+            numbers = [_number_from_json(v) for v in (values if whole else [values])]
+            flat = np.asarray(numbers, dtype)
+            return np.broadcast_to(flat.reshape(shape if whole else ()), shape).copy()
 
         return spaces.Box(bound(data["low"]), bound(data["high"]), dtype=dtype.type)
     if kind == "Discrete":
@@ -181,3 +199,8 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space:
 def _number_to_json(value: float) -> Any:
     # JSON has no infinities; float("inf") reads these words back.
     return value if math.isfinite(value) else str(value)
+
+
+def _number_from_json(value: float | str) -> float:
+    # Integers stay: a float would round those beyond 2^53.
+    return value if isinstance(value, int) else float(value)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.functional._surrogate import Rows, Scalar, Surrogate, Terms, plus, row_ent_coef, surrogate
+from ppo_fast.functional._surrogate import Surrogate, surrogate
+from ppo_fast.functional._terms import Rows, Scalar, Terms, plus, row_ent_coef
 
 ILLEGAL = -1e9
 """Stands for log 0. Finite, so that probability 0 times it is 0 and not NaN."""
@@ -38,7 +39,7 @@ class Head(NamedTuple):
     probs: Tensor
     probs_log_probs: Tensor
     """p log p, whose sum is minus the entropy."""
-    index: Tensor
+    taken: Tensor
     """The action taken, [1, M] or [M, 1]."""
     log_probs: Tensor
     """[M], of the actions taken."""
@@ -151,7 +152,10 @@ def _block(
         return part, None
     grad_log_probs, ent_coef = part.grad_log_probs, row_ent_coef(rows, t)
     if isinstance(policy.temperature, Tensor) or policy.temperature != 1.0:
-        grad_log_probs, ent_coef = grad_log_probs / policy.temperature, ent_coef / policy.temperature
+        grad_log_probs, ent_coef = (
+            grad_log_probs / policy.temperature,
+            ent_coef / policy.temperature,
+        )
     gradients = [_head_gradient(head, grad_log_probs, ent_coef, dim) for head in heads]
     gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim)
     return part, gradient.t() if dim == 0 else gradient
@@ -160,11 +164,11 @@ def _block(
 def _lay_out(policy: Policy, drop: Tensor | None, dtype: torch.dtype, dim: int) -> Tensor:
     """Logits over temperature, [A, M] or [M, A]: -inf where illegal, 0 in masked rows."""
     logits, action_mask = policy.logits, policy.action_mask
-    if dim == 0:
-        logits = torch.empty(logits.shape[::-1], dtype=dtype, device=logits.device).copy_(logits.t())
-        action_mask = None if action_mask is None else action_mask.t()
-    else:
+    if logits.dtype is not dtype:
         logits = logits.to(dtype)
+    if dim == 0:
+        logits = logits.t().contiguous()
+        action_mask = None if action_mask is None else action_mask.t()
     if isinstance(policy.temperature, Tensor) or policy.temperature != 1.0:
         logits = logits / policy.temperature
     if action_mask is not None:
@@ -172,18 +176,18 @@ def _lay_out(policy: Policy, drop: Tensor | None, dtype: torch.dtype, dim: int) 
     return logits if drop is None else logits.masked_fill(drop.unsqueeze(dim), 0.0)
 
 
-def _head(logits: Tensor, index: Tensor, dim: int) -> Head:
+def _head(logits: Tensor, taken: Tensor, dim: int) -> Head:
     """Evaluate one head; `dim` is the dimension of `logits` that runs over actions.
 
-    `index` is [1, M] or [M, 1], as `dim` is 0 or 1.
+    `taken` is [1, M] or [M, 1], as `dim` is 0 or 1.
     """
     log_probs = torch.log_softmax(logits, dim)
     # By the logits, not by what came out: a row of -inf alone comes out as NaN.
     log_probs.masked_fill_(torch.isneginf(logits), ILLEGAL)
     probs = log_probs.exp()
     probs_log_probs = probs * log_probs
-    taken = log_probs.gather(dim, index).squeeze(dim)
-    return Head(probs, probs_log_probs, index, taken, probs_log_probs.sum(dim))
+    of_taken = log_probs.gather(dim, taken).squeeze(dim)
+    return Head(probs, probs_log_probs, taken, of_taken, probs_log_probs.sum(dim))
 
 
 def _head_gradient(head: Head, grad_log_probs: Tensor, ent_coef: Scalar, dim: int) -> Tensor:
@@ -200,4 +204,4 @@ def _head_gradient(head: Head, grad_log_probs: Tensor, ent_coef: Scalar, dim: in
         gradient.addcmul_(head.probs, pull.unsqueeze(dim), value=-1)
     else:
         gradient = head.probs.mul_(grad_log_probs.neg().unsqueeze(dim))
-    return gradient.scatter_add_(dim, head.index, grad_log_probs.unsqueeze(dim))
+    return gradient.scatter_add_(dim, head.taken, grad_log_probs.unsqueeze(dim))

@@ -1,7 +1,7 @@
-"""What the three `ppo_loss` ops share: checked arguments, the per-row PPO mathematics, autograd.
+"""The PPO mathematics of a row, written out with its gradient, and the loss it adds up to.
 
-Everything below the public ops works on [M] vectors, one entry a sample. Gradients are written out
-rather than left to autograd: they cost a few vector operations here and a graph of small nodes there.
+Works on [M] vectors, one entry a sample. Autograd would record some twenty small operations here and
+replay them backwards; the explicit gradient shares most of them with the loss.
 """
 
 from __future__ import annotations
@@ -11,61 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import softshrink
 
+from ppo_fast.functional._terms import Rows, Scalar, Terms, is_on, plus
 from ppo_fast.results import PPOLoss
-
-Scalar = float | Tensor
 
 LOG_RATIO_LIMIT = 20.0
 """|log ratio| is held below this: fp32 exp overflows at 88.7, and no update survives e^20."""
-
-ADVANTAGE_EPS = 1e-8
-
-
-class Terms(NamedTuple):
-    """The arguments the `ppo_loss` ops have in common, under their public names."""
-
-    old_log_probs: Tensor
-    advantages: Tensor
-    values: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
-    ref_log_probs: Tensor | None
-    mask: Tensor | None
-    weights: Tensor | None
-    clip_coef: Scalar
-    clip_coef_high: Scalar | None
-    dual_clip: Scalar | None
-    vf_coef: Scalar
-    vf_clip_coef: Scalar | None
-    vf_clip: str
-    ent_coef: Scalar
-    kl_coef: Scalar
-    kl_estimator: str
-    old_kl_coef: Scalar
-    norm_adv: bool
-    normalizer: Scalar | None
-
-
-class Rows(NamedTuple):
-    """The same, checked and laid out: [M] vectors in the arithmetic's dtype, masked entries 0."""
-
-    old_log_probs: Tensor
-    neg_advantages: Tensor
-    values: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
-    ref_log_probs: Tensor | None
-    drop: Tensor | None
-    """True where masked."""
-    keep: Tensor | None
-    """1 where unmasked, 0 where masked."""
-    weights: Tensor | None
-    """Multiplies a row's terms of the loss; already 0 where masked."""
-
-    def slice(self, start: int, stop: int) -> Rows:
-        return Rows(*(None if row is None else row[start:stop] for row in self))
 
 
 class Surrogate(NamedTuple):
@@ -77,126 +29,6 @@ class Surrogate(NamedTuple):
     """[1]."""
     grad_log_probs: Tensor
     grad_values: Tensor | None
-
-
-def is_on(coef: Scalar | None) -> bool:
-    """Whether a term takes part: a coefficient in a tensor always does, reading it would sync."""
-    return isinstance(coef, Tensor) or bool(coef)
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def check_terms(op: str, t: Terms, *, entropy_given: bool) -> None:
-    def missing(what: str, needs: str) -> ValueError:
-        return ValueError(f"{op}: {what} is given but {needs} is None; pass {needs} or drop {what}")
-
-    if t.advantages.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: advantages requires a gradient; expected a constant, use advantages.detach()"
-        )
-    if t.values is not None and t.returns is None:
-        raise missing("values", "returns")
-    if t.returns is not None and t.values is None:
-        raise missing("returns", "values")
-    if t.vf_clip_coef is not None and t.values is not None and t.old_values is None:
-        raise missing("vf_clip_coef", "old_values")
-    if is_on(t.kl_coef) and t.ref_log_probs is None:
-        raise missing("kl_coef", "ref_log_probs")
-    if is_on(t.ent_coef) and not entropy_given:
-        raise missing("ent_coef", "entropy")
-    if t.vf_clip not in ("max", "clipped"):
-        raise ValueError(f"{op}: vf_clip is {t.vf_clip!r}; expected 'max' or 'clipped'")
-    if t.kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"{op}: kl_estimator is {t.kl_estimator!r}; expected 'k1', 'k2' or 'k3'")
-    for name in ("clip_coef", "clip_coef_high", "vf_clip_coef"):
-        coef = getattr(t, name)
-        if coef is not None and not isinstance(coef, Tensor) and not coef >= 0:
-            raise ValueError(f"{op}: {name} is {coef}; expected a number >= 0")
-    if t.dual_clip is not None and not isinstance(t.dual_clip, Tensor) and not t.dual_clip > 1:
-        raise ValueError(f"{op}: dual_clip is {t.dual_clip}; expected a number > 1, or None")
-
-
-def to_rows(op: str, t: Terms, shape: torch.Size, dtype: torch.dtype) -> tuple[Rows, Scalar, Any]:
-    """Check and flatten: `(rows, number of unmasked rows, 1 / what means divide by)`."""
-    drop = keep = None
-    count: Scalar = shape.numel()
-    if t.mask is not None:
-        if t.mask.dtype != torch.bool:
-            raise ValueError(f"{op}: mask is {t.mask.dtype}; expected torch.bool, use mask.bool()")
-        drop = ~flat(op, "mask", t.mask, shape)
-        keep = (~drop).to(dtype)
-        count = t.mask.sum().to(dtype)
-
-    def row(name: str) -> Tensor | None:
-        tensor = getattr(t, name)
-        if tensor is None:
-            return None
-        vector = flat(op, name, tensor, shape)
-        vector = vector if vector.dtype == dtype else vector.to(dtype)
-        return vector if drop is None else vector.masked_fill(drop, 0.0)
-
-    old_log_probs, advantages, weights = row("old_log_probs"), row("advantages"), row("weights")
-    assert old_log_probs is not None
-    assert advantages is not None
-    if t.norm_adv:
-        advantages, _ = standardize(advantages, keep, count, ADVANTAGE_EPS)
-    rows = Rows(
-        old_log_probs=old_log_probs,
-        neg_advantages=-advantages,
-        values=row("values"),
-        old_values=row("old_values"),
-        returns=row("returns"),
-        ref_log_probs=row("ref_log_probs"),
-        drop=drop,
-        keep=keep,
-        weights=keep if weights is None else weights,
-    )
-    return rows, count, _reciprocal(count if t.normalizer is None else t.normalizer)
-
-
-def flat(op: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{op}: {name} is {list(tensor.shape)}; expected {list(shape)}, one entry per log-prob "
-            "(broadcasting here would silently average over pairs); reshape it"
-        )
-    return tensor if tensor.ndim == 1 else tensor.reshape(-1)
-
-
-def _reciprocal(n: Scalar) -> Scalar:
-    """1/n, and 1 for n = 0: an empty batch has loss 0."""
-    if isinstance(n, Tensor):
-        return torch.where(n == 0, 1.0, n.detach()).reciprocal()
-    return 1.0 / n if n else 1.0
-
-
-def standardize(
-    x: Tensor, keep: Tensor | None, count: Scalar, eps: float
-) -> tuple[Tensor, Tensor | float]:
-    """Return `((x - mean) / (std + eps), mean)` of an [M] vector; fewer than two entries stay.
-
-    `keep` is 1 or 0 per entry and x is 0 where it is 0; `count` is its sum.
-    """
-    if not isinstance(count, Tensor):
-        if count < 2:
-            return x, 0.0
-        mean = x.sum() / count
-        deviation = x - mean
-        # The second pass removes the mean's own rounding: a constant vector becomes exactly 0
-        # rather than (one ulp) / eps.
-        deviation -= deviation.sum() / count
-        std = (deviation.square().sum() / (count - 1)).sqrt()
-        return deviation / (std + eps), mean
-    assert keep is not None
-    at_least_one = count.clamp(min=1)
-    mean = x.sum() / at_least_one
-    deviation = (x - mean) * keep
-    deviation = (deviation - deviation.sum() / at_least_one) * keep
-    std = (deviation.square().sum() / (count - 1).clamp(min=1)).sqrt()
-    alone = count < 2
-    return torch.where(alone, x, deviation / (std + eps)), torch.where(alone, 0.0, mean)
 
 
 def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -> Surrogate:
@@ -270,7 +102,9 @@ def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -
     deviation = ratio_minus_one.abs_()
     return Surrogate(
         sums=summands.sum(1),
-        ratio_deviation=deviation.amax(0, keepdim=True) if deviation.numel() else absent.sum(0, True),
+        ratio_deviation=deviation.amax(0, keepdim=True)
+        if deviation.numel()
+        else absent.sum(0, True),
         grad_log_probs=grad_log_probs,
         grad_values=grad_values,
     )
@@ -308,31 +142,23 @@ def _value_terms(rows: Rows, t: Terms, absent: Tensor) -> tuple[Tensor, Tensor, 
     # The excess over the clip range is exactly 0 inside it, so there both errors are one number.
     # (old_values + clamp(moved)) - returns rounds differently from `error` and would let noise
     # choose the branch, and with it a zero gradient.
-    excess = moved.sub_(_clamp(moved, -t.vf_clip_coef, t.vf_clip_coef))
+    if isinstance(t.vf_clip_coef, Tensor):
+        excess = moved.sub_(_clamp(moved, -t.vf_clip_coef, t.vf_clip_coef))
+    else:
+        excess = softshrink(moved, t.vf_clip_coef)
     clipped_error = error - excess
-    clipped = excess.ne_(0)
+    clipped = excess.ne_(absent)
     if t.vf_clip == "clipped":
         loss = torch.addcmul(absent, clipped_error, clipped_error, value=0.5)
-        return loss, clipped, torch.addcmul(error, error, clipped, value=-1).mul_(t.vf_coef)
+        error = torch.addcmul(error, error, clipped, value=-1)
+        return loss, clipped, error.mul_(t.vf_coef)
     size, clipped_size = error.abs(), clipped_error.abs_()
     largest = torch.maximum(size, clipped_size)
     active = size.ge_(clipped_size)
     loss = torch.addcmul(absent, largest, largest, value=0.5)
-    return loss, clipped, active.mul_(error).mul_(t.vf_coef)
-
-
-def plus(x: Tensor, y: Tensor, coef: Scalar) -> Tensor:
-    """Return x + coef y in the fewest operations."""
-    if isinstance(coef, Tensor):
-        return torch.addcmul(x, y, coef)
-    return torch.add(x, y, alpha=coef) if coef else x
-
-
-def row_ent_coef(rows: Rows, t: Terms) -> Scalar:
-    """The weight of each row's entropy: a number, 0-d or [M]."""
-    if not is_on(t.ent_coef):
-        return 0.0
-    return t.ent_coef if rows.weights is None else rows.weights * t.ent_coef
+    if isinstance(t.vf_coef, Tensor):
+        return loss, clipped, active.mul_(error).mul_(t.vf_coef)
+    return loss, clipped, torch.addcmul(absent, active, error, value=t.vf_coef)
 
 
 def assemble(
@@ -343,22 +169,23 @@ def assemble(
     gradients: Sequence[tuple[Tensor | None, Tensor | None]],
 ) -> PPOLoss:
     """The result, with `gradients` = (input, n d loss / d input) attached to its loss."""
-    sums = part.sums
-    with torch.no_grad():
-        count = sums.new_full((1,), count) if not isinstance(count, Tensor) else count.reshape(1)
-        stats = torch.cat((sums * inv_n, part.ratio_deviation, count))
-        loss = stats[0].clone()
-        for coef, index in ((t.vf_coef, 1), (t.ent_coef, 2), (t.kl_coef, 3), (t.old_kl_coef, 4)):
-            if is_on(coef):
-                loss = plus(loss, stats[index], -coef if index == 2 else coef)
+    means = part.sums * inv_n
+    count = count.reshape(1) if isinstance(count, Tensor) else means.new_full((1,), count)
+    stats = torch.cat((means, part.ratio_deviation, count))
+    loss = means[0]
+    if t.values is not None:
+        loss = plus(loss, means[1], t.vf_coef)
+    for coef, mean in ((-t.ent_coef, 2), (t.kl_coef, 3), (t.old_kl_coef, 4)):
+        if is_on(coef):
+            loss = plus(loss, means[mean], coef)
+    inputs, known = [], []
     if torch.is_grad_enabled():
-        inputs, known = [], []
         for x, gradient in gradients:
             if x is not None and gradient is not None and x.requires_grad:
                 inputs.append(x)
                 known.append(gradient if gradient.shape == x.shape else gradient.view(x.shape))
-        if inputs:
-            loss = _WithGradients.apply(loss, inv_n, *inputs, *known)
+    if inputs:
+        loss = _WithGradients.apply(loss, inv_n, *inputs, *known)
     return PPOLoss(loss, stats)
 
 
@@ -378,11 +205,16 @@ class _WithGradients(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let a penalty on the gradient vanish without a word.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "ppo_loss: its gradient is not differentiable, but create_graph=True asks for that"
+            )
         scale = grad_loss * ctx.inv_n
+        scaled = [gradient * scale for gradient in ctx.saved_tensors]
         gradients = [
-            (gradient * scale).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            gradient if gradient.dtype is dtype else gradient.to(dtype)
+            for gradient, dtype in zip(scaled, ctx.dtypes, strict=True)
         ]
-        return None, None, *gradients, *(None for _ in gradients)
+        return None, None, *gradients, *[None] * len(gradients)

@@ -11,16 +11,14 @@ from torch import Tensor
 from ppo_fast.dispatch import accelerated
 from ppo_fast.functional.log_probs import (
     LOWEST,
-    Scratch,
+    Blocks,
     check_logits,
     check_mask,
     compute_dtype,
     converted,
     may_ask,
     refuse_double_backward,
-    row_blocks,
     row_maximum,
-    rows_per_block,
     shifted,
 )
 
@@ -114,15 +112,15 @@ def _kl(
 ) -> tuple[Tensor, _Rows]:
     dtype = compute_dtype(logits, ref_logits)
     first, second = (logits, ref_logits) if forward else (ref_logits, logits)
-    rows = rows_per_block(logits)
-    scratch = Scratch(logits, rows, 3, dtype)
-    may_skip = mask is not None and scratch.needed and may_ask(logits)
+    blocks = Blocks(3, dtype, first, second)
+    keep = None
+    if mask is not None and not blocks.single and may_ask(logits):
+        keep = mask.reshape(-1)
     parts: list[tuple[Tensor, ...]] = []
-    for own, (p, q) in row_blocks(rows, first, second):
-        if may_skip and not mask.view(-1)[own].any():  # type: ignore[union-attr]
+    for own, (p, q), (t, w, e) in blocks:
+        if keep is not None and not keep[own].any():
             parts.append((torch.zeros(p.shape[0], 1, dtype=dtype),) * 5)
             continue
-        t, w, e = (scratch[which, own] for which in range(3))
         p, q = converted(p, dtype, t), converted(q, dtype, w)
         p_maximum, q_maximum = row_maximum(p), row_maximum(q)
         t, w = shifted(p, p_maximum, None, t), shifted(q, q_maximum, None, w)
@@ -179,22 +177,23 @@ def _gradient(logits: Tensor, ref_logits: Tensor, forward: bool, saved: _Rows, g
             e = torch.exp(t, out=e).mul_(scale[own]).sub_(w.exp_().mul_(ref_scale[own]))
         return e.masked_fill_(~active[own], 0.0) if overwrite else e
 
-    rows = rows_per_block(logits)
-    scratch = Scratch(logits, rows, 3, dtype)
-    if not scratch.needed:
-        ((own, (p, q)),) = row_blocks(rows, logits, ref_logits)
+    in_place = logits.dtype is dtype
+    # The reverse gradient uses t up by exp, in the same buffer.
+    blocks = Blocks(1 + forward + (not in_place), dtype, logits, ref_logits)
+    if blocks.single:
+        ((own, (p, q), _),) = blocks
         return fill(own, p, q, None, None, None).to(logits.dtype).view(logits.shape)
 
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     gradient_rows = gradient.view(-1, logits.shape[-1])
-    for own, (p, q) in row_blocks(rows, logits, ref_logits):
+    for own, (p, q), (w, *scratch) in blocks:
         out = gradient_rows[own]
         if asking and not active[own].any():
             out.zero_()
-        elif out.dtype is not dtype:
-            out.copy_(fill(own, p, q, scratch[0, own], scratch[1, own], scratch[2, own]))
+        elif in_place:
+            fill(own, p, q, (*scratch, out)[0], w, out)
         else:
-            fill(own, p, q, scratch[0, own] if forward else out, scratch[1, own], out)
+            out.copy_(fill(own, p, q, scratch[0], w, scratch[-1]))
     return gradient
 
 

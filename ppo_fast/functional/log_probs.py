@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
 
-# Elements of scratch, all buffers together, for each thread: as fp32 half the 2 MiB L2 cache of a
-# server core; the other half is for the logits passing through.
-CPU_SCRATCH_ELEMENTS = 1 << 18
-# On a GPU a block has only to be large beside a launch: 128 MiB of fp32.
-GPU_SCRATCH_ELEMENTS = 1 << 25
+# Elements of a block for each thread: 512 KiB of fp32, so that the logits passing through and two
+# scratch buffers fit a server core's 2 MiB L2 cache.
+CPU_BLOCK_ELEMENTS = 1 << 17
+# On a GPU a block has only to be large beside a launch: 64 MiB of fp32.
+GPU_BLOCK_ELEMENTS = 1 << 24
 # Few logits in all, or a short last dimension, are evaluated whole: calls cost more than memory.
 WHOLE_ELEMENTS = 1 << 15
 SHORT_ROW = 64
@@ -184,27 +184,44 @@ def may_ask(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def rows_per_block(logits: Tensor, buffers: int) -> int:
-    """How many rows to work on at once, if that takes `buffers` scratch buffers; at least 1."""
+def rows_per_block(logits: Tensor) -> int:
+    """How many rows to work on at once; at least 1."""
     if torch.compiler.is_compiling():
         return max(1, logits.numel() // logits.shape[-1])  # one block: the compiler tiles
-    elements = GPU_SCRATCH_ELEMENTS
+    elements = GPU_BLOCK_ELEMENTS
     if logits.device.type == "cpu":
-        elements = CPU_SCRATCH_ELEMENTS * torch.get_num_threads()
-    return max(1, elements // (buffers * logits.shape[-1]))
+        elements = CPU_BLOCK_ELEMENTS * torch.get_num_threads()
+    return max(1, elements // logits.shape[-1])
 
 
-def row_blocks(rows: int, *tensors: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Split equally shaped [..., V] tensors into [R, V] blocks, R <= rows, in row-major order.
+class Blocks:
+    """Walk equally shaped [..., V] tensors in [R, V] blocks, in row-major order.
 
-    Yields the block's range among the M rows, and the blocks. They are views, except that leading
-    dimensions too short to fill a block and too oddly strided to merge are copied, block by block.
+    Yields the block's range among the M rows, a block of each tensor, and `buffers` scratch buffers
+    of that size, the same memory for every block. A single block gets Nones for scratch.
+
+    Blocks are views, except that leading dimensions too short to fill a block and too oddly strided
+    to merge are copied, block by block.
     """
-    start = 0
-    for parts in _split(rows, tensors):
-        stop = start + parts[0].shape[0]
-        yield slice(start, stop), parts
-        start = stop
+
+    def __init__(self, buffers: int, dtype: torch.dtype, *tensors: Tensor) -> None:
+        self.rows = rows_per_block(tensors[0])
+        self.single = tensors[0].numel() <= self.rows * tensors[0].shape[-1]
+        self._tensors = tensors
+        self._scratch: tuple[Tensor | None, ...] = (None,) * buffers
+        if not self.single:
+            shape = (buffers, self.rows, tensors[0].shape[-1])
+            self._scratch = torch.empty(shape, dtype=dtype, device=tensors[0].device).unbind()
+
+    def __iter__(self) -> Iterator[tuple[slice, tuple[Tensor, ...], tuple[Tensor | None, ...]]]:
+        start = 0
+        for parts in _split(self.rows, self._tensors):
+            count = parts[0].shape[0]
+            scratch = self._scratch
+            if count < self.rows:
+                scratch = tuple(None if s is None else s[:count] for s in scratch)
+            yield slice(start, start + count), parts, scratch
+            start += count
 
 
 def _split(rows: int, tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
@@ -218,23 +235,6 @@ def _split(rows: int, tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...
     else:
         for parts in zip(*(t.split(rows // inner) for t in tensors), strict=True):
             yield tuple(t.reshape(-1, shape[-1]) for t in parts)
-
-
-class Scratch:
-    """[R, V] buffers reused from block to block; none where one block holds all rows."""
-
-    def __init__(self, logits: Tensor, rows: int, count: int, dtype: torch.dtype) -> None:
-        self.needed = logits.numel() > rows * logits.shape[-1]
-        if self.needed:
-            shape = (count, rows, logits.shape[-1])
-            self._buffers = torch.empty(shape, dtype=dtype, device=logits.device).unbind()
-
-    def __getitem__(self, at: tuple[int, int]) -> Tensor | None:
-        """Buffer number `at[0]`, cut to `at[1]` rows."""
-        if not self.needed:
-            return None
-        buffer = self._buffers[at[0]]
-        return buffer if len(buffer) == at[1] else buffer[: at[1]]
 
 
 def converted(block: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
@@ -274,9 +274,12 @@ def softmax_stats(
     divisor: float | Tensor | None,
     with_entropy: bool,
     t: Tensor | None,
-    e: Tensor | None,
+    e: Tensor | None = None,
 ) -> tuple[Stats, Tensor]:
-    """Reduce a [R, V] block to its `Stats`; also return e, [R, V]. `t` and `e` are scratch."""
+    """Reduce a [R, V] block to its `Stats`; also return e, [R, V].
+
+    `t` and `e` are scratch or None; without entropy, e takes the place of t.
+    """
     block = converted(block, dtype, t)
     maximum = row_maximum(block)
     t = shifted(block, maximum, divisor, t)
@@ -427,19 +430,17 @@ def _blocked(
     dtype = compute_dtype(logits)
     target = gathered("log_probs_from_logits", logits, index.unsqueeze(-1), -1)
     target = target.reshape(-1, 1).to(dtype)
-    rows = rows_per_block(logits)
-    scratch = Scratch(logits, rows, 2, dtype)
-    may_skip = mask is not None and scratch.needed and may_ask(logits)
+    blocks = Blocks(2 if with_entropy else 1, dtype, logits)
+    keep = None
+    if mask is not None and not blocks.single and may_ask(logits):
+        keep = mask.reshape(-1)
     parts = []
-    for own, (block,) in row_blocks(rows, logits):
-        if may_skip and not mask.view(-1)[own].any():  # type: ignore[union-attr]
+    for own, (block,), scratch in blocks:
+        if keep is not None and not keep[own].any():
             zeros = target.new_zeros(block.shape[0], 1)
             parts.append(Stats(zeros, zeros, zeros))
-            continue
-        stats, _ = softmax_stats(
-            block, dtype, divisor, with_entropy, scratch[0, own], scratch[1, own]
-        )
-        parts.append(stats)
+        else:
+            parts.append(softmax_stats(block, dtype, divisor, with_entropy, *scratch)[0])
     maximum, total, weighted = concatenated(parts)
 
     # Only a row all -inf is below 1; with l = 1 it needs no case of its own from here on.
@@ -492,23 +493,23 @@ def _blocked_gradient(
             e.scatter_add_(1, index[own], g[own])
         return e.masked_fill_(~active[own], 0.0) if overwrite else e
 
-    rows = rows_per_block(logits)
-    scratch = Scratch(logits, rows, 2, total.dtype)
-    if not scratch.needed:
-        ((own, (block,)),) = row_blocks(rows, logits)
+    in_place = logits.dtype is total.dtype
+    # Without entropy t is used up by exp, in the same buffer.
+    blocks = Blocks((slope is not None) + (not in_place), total.dtype, logits)
+    if blocks.single:
+        ((own, (block,), _),) = blocks
         return fill(block, own, None, None).to(logits.dtype).view(logits.shape)
 
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     gradient_rows = gradient.view(-1, logits.shape[-1])
-    for own, (block,) in row_blocks(rows, logits):
+    for own, (block,), scratch in blocks:
         out = gradient_rows[own]
         if asking and not active[own].any():
             out.zero_()
-        elif out.dtype is not total.dtype:
-            out.copy_(fill(block, own, scratch[0, own], scratch[1, own]))
+        elif in_place:
+            fill(block, own, (*scratch, out)[0], out)
         else:
-            # Without entropy t is used up by exp: one buffer less to keep in cache.
-            fill(block, own, out if slope is None else scratch[0, own], out)
+            out.copy_(fill(block, own, scratch[0], scratch[-1]))
     return gradient
 
 
@@ -538,15 +539,18 @@ class _LogProbs(torch.autograd.Function):
         if g is None and h is None:
             return None, None, None, None, None
         logits, index, mask, tensor, *saved = ctx.saved_tensors
-        g, h = (
-            grad
-            if grad is None
-            else (grad if mask is None else grad.masked_fill(~mask, 0.0)).reshape(-1)
-            for grad in (g, h)
-        )
+        hidden = None if mask is None else ~mask
+        g, h = _upstream(g, hidden), _upstream(h, hidden)
         if ctx.kind is _Whole:
             gradient = _whole_gradient(logits, index, _Whole(*saved), g, h)
         else:
             divisor = ctx.divisor if tensor is None else tensor
             gradient = _blocked_gradient(logits, index, divisor, _Rows(*saved), g, h)
         return gradient, None, None, None, None
+
+
+def _upstream(grad: Tensor | None, hidden: Tensor | None) -> Tensor | None:
+    """An upstream gradient as [M], 0 where hidden."""
+    if grad is None:
+        return None
+    return (grad if hidden is None else grad.masked_fill(hidden, 0.0)).reshape(-1)

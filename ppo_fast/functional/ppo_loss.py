@@ -11,17 +11,9 @@ from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
 from ppo_fast.functional import _categorical, _gaussian
-from ppo_fast.functional._surrogate import (
-    Scalar,
-    Terms,
-    assemble,
-    check_terms,
-    compute_dtype,
-    flat,
-    row_ent_coef,
-    surrogate,
-    to_rows,
-)
+from ppo_fast.functional._surrogate import assemble, surrogate
+from ppo_fast.functional._terms import Scalar, Terms, check_terms, flat, row_ent_coef, to_rows
+from ppo_fast.functional.log_probs import compute_dtype
 from ppo_fast.results import PPOLoss
 
 

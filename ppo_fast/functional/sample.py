@@ -7,15 +7,13 @@ from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
 from ppo_fast.functional.log_probs import (
-    Scratch,
+    Blocks,
     check_logits,
     check_mask,
     check_temperature,
     compute_dtype,
     concatenated,
     may_ask,
-    row_blocks,
-    rows_per_block,
     shifted,
     softmax_stats,
 )
@@ -73,14 +71,13 @@ def sample_from_logits(
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     dtype = compute_dtype(logits)
-    count = logits.shape[0]
-    # torch.rand is below 1, so the target stays below the total and the search inside the row.
-    uniform = torch.rand(count, 2, dtype=torch.float64, device=logits.device, generator=generator)
-    rows = rows_per_block(logits)
-    scratch = Scratch(logits, rows, 2, dtype)
+    # In [0, 1), so that a target stays below its total and the search inside the row. Not by
+    # torch.rand: with a generator argument torch.compile cannot give it a dynamic shape.
+    uniform = torch.empty(logits.shape[0], 2, dtype=torch.float64, device=logits.device)
+    uniform.uniform_(generator=generator)
     parts, picked = [], []
-    for own, (block,) in row_blocks(rows, logits):
-        stats, e = softmax_stats(block, dtype, divisor, True, scratch[0, own], scratch[1, own])
+    for own, (block,), scratch in Blocks(2, dtype, logits):
+        stats, e = softmax_stats(block, dtype, divisor, True, *scratch)
         parts.append(stats)
         picked.append(_pick(e, uniform[own]))
     maximum, total, weighted = concatenated(parts)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
-from ppo_fast.functional._surrogate import compute_dtype, standardize
+from ppo_fast.functional.log_probs import compute_dtype
 
 
 @accelerated
@@ -55,3 +55,28 @@ def masked_whiten(
     if not shift_mean:
         whitened = whitened + (mean if keep is None else mean * keep)
     return whitened.reshape(x.shape)
+
+
+def standardize(
+    x: Tensor, keep: Tensor | None, count: float | Tensor, eps: float | Tensor
+) -> tuple[Tensor, Tensor | float]:
+    """Return `((x - mean) / (std + eps), mean)` of an [M] vector; fewer than two entries stay.
+
+    `keep` is 1 or 0 per entry and x is 0 where it is 0; `count` is its sum.
+    """
+    if not isinstance(count, Tensor):
+        if count < 2:
+            return x.clone(), 0.0
+        mean = x.mean()
+        deviation = x - mean
+        # The second pass removes the mean's own rounding: equal entries become 0, not (one ulp) / eps.
+        std, rest = torch.std_mean(deviation)
+        return deviation.sub_(rest).div_(std.add_(eps)), mean
+    assert keep is not None
+    at_least_one = count.clamp(min=1)
+    mean = x.sum() / at_least_one
+    deviation = (x - mean) * keep
+    deviation = (deviation - deviation.sum() / at_least_one) * keep
+    std = (deviation.square().sum() / (count - 1).clamp(min=1)).sqrt()
+    alone = count < 2
+    return torch.where(alone, x, deviation / (std + eps)), torch.where(alone, 0.0, mean)
