@@ -139,7 +139,7 @@ class UpdateStats(NamedTuple):
     steps: Tensor
     """0-d, optimizer steps taken"""
     skipped: Tensor
-    """0-d, minibatches whose gradient was not finite, and which were skipped"""
+    """0-d, minibatches whose loss or gradient was not finite, and which were skipped"""
     stopped: Tensor
     """0-d, 1 if target_kl ended the update early"""
 
@@ -182,7 +182,10 @@ def ppo_update(
                 stopped = stopped | (stats[APPROX_KL] > config.target_kl)
             if config.adaptive_lr_kl is not None:
                 _adapt_learning_rate(optimizer.lr, stats[APPROX_KL], config.adaptive_lr_kl)
-            norm, finite = optimizer.step(stopped)
+            # A NaN loss may leave finite gradients, of the rows that were well.
+            known = result.loss.detach().isfinite()
+            norm, finite = optimizer.step(stopped | ~known)
+            finite = finite & known
             going = (~stopped).float()
             stepped = going * finite
             # A skipped minibatch's NaN must not hide what the others did.

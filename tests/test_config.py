@@ -80,7 +80,7 @@ def test_recurrent_policies_are_announced_with_a_way_around():
 
 
 def test_an_unknown_setting_is_named_with_the_known_ones():
-    with pytest.raises(TypeError, match="unknown setting n_steps; ControlConfig has .*num_steps"):
+    with pytest.raises(TypeError, match=r"unknown setting n_steps; ControlConfig has .*num_steps"):
         PPO("CartPole-v1", n_steps=128)
     with pytest.raises(ValueError, match="PPOConfig has no field num_steps; fields are adam_eps"):
         config_from_dict(PPOConfig, {"num_steps": 128})

@@ -4,7 +4,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from ppo_fast.functional import log_probs as log_probs_module
+from ppo_fast.functional import _rows
 from ppo_fast.functional.kl import approx_kl, kl_from_logits
 
 INF = math.inf
@@ -15,7 +15,7 @@ DIRECTIONS = ["forward", "reverse"]
 def path(request, monkeypatch):
     """Run the test with all rows in one block, and in blocks of two rows."""
     if request.param == "many blocks":
-        monkeypatch.setattr(log_probs_module, "rows_per_block", lambda logits: 2)
+        monkeypatch.setattr(_rows, "rows_per_block", lambda logits: 2)
     return request.param
 
 

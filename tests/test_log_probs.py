@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppo_fast.functional import _rows
 from ppo_fast.functional import log_probs as module
 from ppo_fast.functional.log_probs import log_probs_from_logits
 
@@ -19,7 +20,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(module, "SHORT_ROW", 0)
         monkeypatch.setattr(module, "WHOLE_ELEMENTS", -1)
     if request.param == "many blocks":
-        monkeypatch.setattr(module, "rows_per_block", lambda logits: 2)
+        monkeypatch.setattr(_rows, "rows_per_block", lambda logits: 2)
     return request.param
 
 

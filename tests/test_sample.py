@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ppo_fast.functional import log_probs as log_probs_module
+from ppo_fast.functional import _rows
 from ppo_fast.functional.log_probs import log_probs_from_logits
 from ppo_fast.functional.sample import sample_from_logits
 from ppo_fast.results import Sample
@@ -15,7 +15,7 @@ INF = math.inf
 def path(request, monkeypatch):
     """Run the test with all rows in one block, and in blocks of two rows."""
     if request.param == "many blocks":
-        monkeypatch.setattr(log_probs_module, "rows_per_block", lambda logits: 2)
+        monkeypatch.setattr(_rows, "rows_per_block", lambda logits: 2)
     return request.param
 
 
@@ -89,7 +89,7 @@ def test_draws_do_not_depend_on_the_size_of_blocks(monkeypatch):
     logits = torch.randn(50, 2000, generator=seeded(1))
     whole = sample_from_logits(logits, generator=seeded())
     for elements in (1, 5000):
-        monkeypatch.setattr(log_probs_module, "CPU_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(_rows, "CPU_BLOCK_ELEMENTS", elements)
         torch.testing.assert_close(sample_from_logits(logits, generator=seeded()), whole)
 
 

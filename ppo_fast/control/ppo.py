@@ -217,7 +217,8 @@ class PPO:
 
         Raises:
             ValueError: `total_timesteps` below 1, or NaN and infinite observations or rewards.
-            FloatingPointError: no minibatch of an iteration had a finite gradient.
+            FloatingPointError: no minibatch of an iteration had a finite loss and gradient, or the
+                policy chose NaN actions.
             KeyboardInterrupt: Ctrl-C; the iteration is finished and a checkpoint saved first.
         """
         if total_timesteps < 1:
@@ -388,7 +389,7 @@ class PPO:
         if steps == 0 and skipped > 0:
             self._save_after_error()
             raise FloatingPointError(
-                f"iteration {self.iteration + 1}: no minibatch had a finite gradient, nothing was learnt; "
+                f"iteration {self.iteration + 1}: no minibatch had a finite loss and gradient, nothing was learnt; "
                 "lower learning_rate, normalise observations and rewards (norm_obs, norm_reward), or "
                 "check the policy's outputs"
             )

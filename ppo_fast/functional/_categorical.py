@@ -17,10 +17,9 @@ FEATURE_MAJOR_BELOW = 64
 """Heads smaller than this are laid out [A, M]: on a CPU, reductions over a short last dimension are
 5 to 15 times slower than over the first (log_softmax of 4096 x 4: 196 us against 13)."""
 
-BLOCK_ELEMENTS = 1 << 18
-BLOCK_ROWS = 16384
-"""A block of rows holds at most so many logits and rows, so that its temporaries stay in the cache;
-fresh memory as large as the logits costs more than the arithmetic."""
+BLOCK_ELEMENTS = 1 << 19
+"""A block of rows holds at most so many logits (2 MiB in fp32), so that its temporaries stay in the
+cache; fresh memory as large as the logits costs more than the arithmetic."""
 
 
 class Policy(NamedTuple):
@@ -100,7 +99,7 @@ def sweep(
 ) -> tuple[Surrogate, Tensor | None]:
     """The loss's terms and, if wanted, n d loss / d logits in their dtype; block by block."""
     number, size = policy.logits.shape
-    step = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // max(1, size)))
+    step = max(1, BLOCK_ELEMENTS // max(1, size))
     if number <= step:
         part, gradient = _block(policy, rows, t, dtype, wants_gradient)
         return part, gradient if gradient is None else gradient.to(policy.logits.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
-from ppo_fast.functional.log_probs import (
+from ppo_fast.functional._rows import (
     LOWEST,
     Blocks,
     check_logits,
