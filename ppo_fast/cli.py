@@ -137,7 +137,7 @@ def _train(arguments: list[str]) -> None:
             Path("runs") / env_id.replace("/", "-") / f"{stamp}-seed{choice.seed}"
         )
     model = PPO(env_id, **settings)
-    _run(model, lambda: model.learn(total))
+    _run(model, lambda mark: model.learn(total, mark))
 
 
 def _resume(arguments: list[str]) -> None:
@@ -150,15 +150,18 @@ def _resume(arguments: list[str]) -> None:
     _run(model, model.resume)
 
 
-def _run(model: PPO, learn: Callable[[], object]) -> None:
+def _run(model: PPO, learn: Callable[[Callable[[PPO], None]], object]) -> None:
+    # Rates leave out imports and drawing, which would dominate short runs.
+    marks: list[tuple[float, int]] = []
     before, started = model.num_timesteps, time.perf_counter()
     try:
-        learn()
+        learn(lambda model: marks.append((time.perf_counter(), model.num_timesteps)))
     finally:
         model.close()
     seconds = time.perf_counter() - started
-    steps = model.num_timesteps - before
-    print(f"{steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} a second)")
+    (first, steps), (last, end) = marks[0], marks[-1]
+    rate = f", {(end - steps) / (last - first):,.0f} a second while training" if end > steps else ""
+    print(f"{end - before:,} steps in {seconds:.1f} s{rate}")
     window = len(model.episodes.returns)
     reached = f"{model.metrics['rollout/ep_rew_mean']:.1f}" if window else "none finished"
     print(f"mean return of the last {window} episodes: {reached}")

@@ -94,7 +94,7 @@ class PPOLoss(NamedTuple):
         return self.stats[10]
 
     @property
-    def count(self) -> Tensor:
+    def count(self) -> Tensor:  # type: ignore[override]
         """Number of unmasked elements."""
         return self.stats[11]
 

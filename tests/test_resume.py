@@ -306,6 +306,21 @@ def test_without_environment_state_a_resumed_run_starts_new_episodes_and_says_so
     resumed.close()
 
 
+def test_a_resumed_run_does_not_replay_its_first_episodes(path):
+    seeds = []
+
+    class Seeded(Chain):
+        def reset(self, *, seed=None, options=None):
+            if seed is not None:
+                seeds.append(seed)
+            return super().reset(seed=seed, options=options)
+
+    PPO(Seeded, **SMALL).learn(4 * ITERATION, Recorder(2, path, stop_at=2))
+    assert len(seeds) == 4
+    PPO.load(path, env=Seeded).resume(lambda model: False)
+    assert len(set(seeds)) == 8
+
+
 def test_a_state_that_cannot_be_stored_costs_the_state_but_not_the_checkpoint(path):
     class Odd(SavableChain):
         def state_dict(self):
@@ -471,8 +486,9 @@ def test_a_signal_saves_after_the_iteration_and_says_where(tmp_path, capsys, num
     handler = signal.getsignal(number)
     whole = PPO("CartPole-v1", **SMALL).learn(4 * ITERATION)
     run = str(tmp_path / "run")
-    with pytest.raises(raised) as caught:
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
         PPO("CartPole-v1", run_dir=run, **SMALL).learn(4 * ITERATION, raises_signal(number, times))
+    assert caught.type is raised
     if raised is SystemExit:
         assert caught.value.code == 143
     said = capsys.readouterr().out
@@ -518,8 +534,36 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_checkpoint(tmp_pat
     assert loaded.resume(lambda model: False).iteration == loaded.iteration
 
 
+@pytest.mark.parametrize(
+    ("number", "worker", "raised"),
+    [
+        (signal.SIGINT, KeyboardInterrupt(), KeyboardInterrupt),
+        (signal.SIGTERM, EOFError("a worker is gone"), SystemExit),
+    ],
+)
+def test_a_signal_that_ends_worker_processes_first_still_saves(
+    tmp_path, capsys, number, worker, raised
+):
+    class Workers(SavableChain):
+        """As a vector environment says that its workers took the signal."""
+
+        def step(self, action):
+            if self.episode == 40:
+                signal.raise_signal(number)
+                raise worker
+            return super().step(action)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as caught:
+        PPO(Workers, run_dir=str(tmp_path), save_every=99, **SMALL).learn(50 * ITERATION)
+    assert caught.type is raised
+    assert f"{number.name}: saved {tmp_path}" in capsys.readouterr().out
+    loaded = PPO.load(tmp_path, env=SavableChain)
+    assert loaded.iteration == len(read_metrics(tmp_path)["step"]) > 0
+    loaded.resume(lambda model: False)
+
+
 def start(folder, *arguments):
-    """Start `ppo-fast train` in a process group of its own and wait until it trains."""
+    """Start `ppo-fast train` in a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "ppo_fast", "train", *map(str, arguments)],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -637,7 +681,9 @@ def test_settings_may_change_at_a_load(cartpole):
     changed = PPO.load(cartpole, learning_rate=1e-5, anneal_lr=False, num_steps=8, seed=9)
     changed.learn(ITERATION)
     assert changed.metrics["train/learning_rate"] == pytest.approx(1e-5)
-    assert PPO.load(cartpole, norm_reward=False).config.norm_reward is False
+    adaptive = PPO.load(cartpole, learning_rate=2e-5, adaptive_lr_kl=1e9, update_epochs=1)
+    adaptive.learn(ITERATION, lambda model: False)
+    assert adaptive.metrics["train/learning_rate"] == pytest.approx(2e-5 * 1.5**3)
 
 
 @pytest.mark.parametrize(
@@ -658,6 +704,10 @@ def test_a_checkpoint_goes_on_with_another_number_of_environments(cartpole, path
     assert 16 <= model.num_timesteps - steps <= 2 * 2 * 16
     again = PPO.load(path)
     assert again.num_envs == again.config.num_envs == 2
+    if model.from_id:
+        fresh = load(cartpole)
+        fresh.save(path)
+        assert not any(name.startswith("env_state") for name in load_checkpoint(path)[0])
 
 
 def test_a_single_environment_can_be_trained_on_after_a_load(cartpole):

@@ -251,17 +251,13 @@ class Collector:
                 # All rows at once: picking the truncated ones would wait for the GPU.
                 self.rollout.bootstrap_values[t] = self._final_values(final)
 
-    def _normalize(self, normalizer: ObservationNormalizer, leaf: Tensor) -> Tensor:
-        # inf - inf is NaN: what clipping would hide stays for the check after the rollout to find.
-        return normalizer(leaf) + (leaf - leaf)
-
     def _normalized(self, obs: Any) -> Tree:
         named = obs if isinstance(obs, dict) else {"": obs}
         leaves = {}
         for path, like in tree_leaves(self.rollout.inputs):
             leaf = _tensor(named[path]).to(device=like.device, dtype=like.dtype)
             normalizer = self.obs_normalizers.get(path)
-            leaves[path] = leaf if normalizer is None else self._normalize(normalizer, leaf)
+            leaves[path] = leaf if normalizer is None else _visibly(normalizer, leaf)
         return leaves[""] if "" in leaves else leaves
 
     def _store_observation(self, obs: Any, row: int, ignored: Any) -> None:
@@ -274,10 +270,13 @@ class Collector:
             leaf = _tensor(named[path])
             normalizer = self.obs_normalizers.get(path)
             if normalizer is not None:
+                counted = valid
+                if leaf.device.type != "cpu" or not leaf.isfinite().all():
+                    finite = leaf.isfinite().view(leaf.shape[0], -1).all(1).to(self.device)
+                    counted = finite if valid is None else finite & valid
                 leaf = leaf.to(device=self.device, dtype=rows[row].dtype)
-                finite = leaf.isfinite().view(leaf.shape[0], -1).all(1)
-                normalizer.update(leaf, finite if valid is None else finite & valid)
-                leaf = self._normalize(normalizer, leaf)
+                normalizer.update(leaf, counted)
+                leaf = normalizer(leaf) if counted is valid else _visibly(normalizer, leaf)
             rows[row].copy_(leaf)
 
     def _finish_columns(self) -> None:
@@ -361,6 +360,11 @@ class Collector:
                 f"{f'at step {step} of the rollout' if step >= 0 else 'from reset'}; PPO needs finite "
                 "observations and rewards. Check the environment, or clip what it returns"
             )
+
+
+def _visibly(normalizer: ObservationNormalizer, leaf: Tensor) -> Tensor:
+    """Normalise, but leave NaN where clipping would hide an infinity from the final check."""
+    return normalizer(leaf) + (leaf - leaf)
 
 
 def _tensor(leaf: Any) -> Tensor:

@@ -203,9 +203,7 @@ class Environments:
         obs = last_obs
         if done.any():
             if cut.any():
-                final_index = (
-                    cut.nonzero()[0] if isinstance(cut, np.ndarray) else cut.nonzero()[:, 0]
-                )
+                final_index = _where(cut)
                 final_obs = _take(last_obs, final_index)
             obs, reset_info = self._call("reset", options={"reset_mask": done})
             legal = _legal_after_reset(self._legal(self.info), self._legal(reset_info), done)
@@ -221,17 +219,34 @@ class Environments:
             if not self.on_device or self.device.type != "cpu" or cut.any():
                 self._note_approximation()
             return None, None
-        if self.on_device:
-            # Tensor environments give all rows; keeping them all spares a host sync.
-            return self._checked(flatten_observation(info[key])), None
-        index = cut.nonzero()[0]
         final = info[key]
-        if isinstance(final, np.ndarray) and final.dtype == object:
+        single = isinstance(final, np.ndarray) and final.dtype == object
+        if self.on_device and not single:
+            # Tensor environments give all rows; keeping them all spares a host sync.
+            return self._checked(flatten_observation(final)), None
+        index = _where(cut)
+        if not len(index):
+            return None, None
+        if single:
             rows = [flatten_observation(final[i]) for i in index]
+            self._refuse_shared_memory(rows, index)
             if isinstance(rows[0], dict):
                 return {path: np.stack([row[path] for row in rows]) for path in rows[0]}, index
             return np.stack(rows), index
         return _take(flatten_observation(final), index), index
+
+    def _refuse_shared_memory(self, final: list[Any], index: Array) -> None:
+        env = getattr(self.env, "unwrapped", self.env)
+        if not isinstance(env, SyncVectorEnv):
+            return
+        for i, last in zip(index, final, strict=True):
+            first = flatten_observation(env._env_obs[i])
+            pairs = [(last[path], first[path]) for path in last] if isinstance(last, dict) else []
+            if any(np.may_share_memory(*pair) for pair in pairs or [(last, first)]):
+                raise ValueError(
+                    f"environment {i} returns its observations in one array, in which reset has "
+                    "overwritten the last one of an episode; return copies, as in obs.copy()"
+                )
 
     def _note_approximation(self) -> None:
         if not self.approximate_truncation:
@@ -266,6 +281,7 @@ class Environments:
             return None
         if isinstance(mask, Tensor):
             return mask.bool().reshape(self.num_envs, -1)
+        mask = np.asarray(mask)
         if mask.dtype == object:
             width = max(np.asarray(row).size for row in mask if row is not None)
             mask = np.stack([np.ones(width, bool) if row is None else row for row in mask])
@@ -362,6 +378,10 @@ def _take(leaves: Any, index: Array) -> Any:
     if isinstance(leaves, dict):
         return {path: leaf[index] for path, leaf in leaves.items()}
     return leaves[index]
+
+
+def _where(flags: Array) -> Array:
+    return flags.nonzero()[0] if isinstance(flags, np.ndarray) else flags.nonzero()[:, 0]
 
 
 def _legal_after_reset(before: Array | None, new: Array | None, done: Array) -> Array | None:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
@@ -104,7 +105,7 @@ def _extra_hint(env_id: str, spec: Any = None) -> str:
 def _from_callable(make: Callable[[], Any], num_envs: int, vectorization: str) -> Any:
     # We choose SAME_STEP where we may: no row of a rollout is spent on a reset.
     if vectorization == "async":
-        worker = _deaf_to_interrupts(make)
+        worker = _for_a_worker(make)
         return AsyncVectorEnv([worker] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     first = make()
     if not isinstance(first, gym.Env) or hasattr(first, "single_action_space"):
@@ -119,14 +120,26 @@ def _from_callable(make: Callable[[], Any], num_envs: int, vectorization: str) -
     return SyncVectorEnv([lambda: next(made)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def _deaf_to_interrupts(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Ctrl-C reaches every process of a terminal; the workers leave it to ours, which saves first."""
+def _for_a_worker(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Make environments that live in a process of their own."""
     ours = os.getpid()
 
     def make_in_worker() -> Any:
-        if os.getpid() != ours:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return make()
+        env = make()
+        if os.getpid() == ours:
+            return env
+        # Ctrl-C reaches every process of a terminal; workers leave it to ours, which saves first.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        step = env.step
+
+        def step_and_keep(action: Any) -> tuple[Any, ...]:
+            # The worker resets before it sends: an environment may reuse the array it returned.
+            obs, reward, terminated, truncated, info = step(action)
+            ended = terminated or truncated
+            return deepcopy(obs) if ended else obs, reward, terminated, truncated, info
+
+        env.step = step_and_keep
+        return env
 
     return make_in_worker
 

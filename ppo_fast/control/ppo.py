@@ -272,7 +272,8 @@ class PPO:
                     if bar is not None:
                         bar.update(min(self.learn_done, self.learn_total) - before)
                         if self.episodes.returns:
-                            bar.set_postfix_str(f"return {self.metrics['rollout/ep_rew_mean']:.1f}")
+                            mean = self.metrics["rollout/ep_rew_mean"]
+                            bar.set_postfix_str(f"return {mean:.1f}", refresh=False)
                     stop = callback is not None and callback(self) is False
                     if self.reached_stop_return():
                         log.info("mean return %.1f reached", self.metrics["rollout/ep_rew_mean"])

@@ -82,7 +82,8 @@ def as_batch(obs: Any, leaves: dict[str, spaces.Space], device: torch.device) ->
     """
     flat = flatten_observation(obs)
     named = flat if isinstance(flat, dict) else {"": flat}
-    if set(named) != set(leaves):
+    # More groups than the space names are a robotics environment's; see `Environments`.
+    if not set(leaves) <= set(named):
         came = sorted(named) if isinstance(flat, dict) else type(obs).__name__
         expected = "one array" if "" in leaves else f"leaves {sorted(leaves)}"
         raise ValueError(f"observation has {came}; expected {expected}")

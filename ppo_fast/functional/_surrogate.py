@@ -209,7 +209,8 @@ class _WithGradients(torch.autograd.Function):
         # once_differentiable would let a penalty on the gradient vanish without a word.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(
-                "ppo_loss: its gradient is not differentiable, but create_graph=True asks for that"
+                "ppo_loss: its gradient is not differentiable, but create_graph=True asks for that; "
+                "write the loss out in torch operations where second derivatives are needed"
             )
         scale = grad_loss * ctx.inv_n
         scaled = [gradient * scale for gradient in ctx.saved_tensors]

@@ -55,9 +55,9 @@ class Rows(NamedTuple):
     weights: Tensor | None
     """Multiplies a row's terms of the loss; already 0 where masked."""
 
-    def slice(self, start: int, stop: int) -> Rows:
-        """Rows start to stop, as views."""
-        return Rows._make(None if row is None else row[start:stop] for row in self)
+    def slice(self, own: slice) -> Rows:
+        """Some of the rows, as views."""
+        return Rows._make(None if row is None else row[own] for row in self)
 
 
 def is_on(coef: Scalar | None) -> bool:
@@ -69,6 +69,11 @@ def check_terms(op: str, t: Terms, *, entropy_given: bool) -> None:
     def missing(what: str, needs: str) -> ValueError:
         return ValueError(f"{op}: {what} is given but {needs} is None; pass {needs} or drop {what}")
 
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op}: torch.func transforms (vmap, grad, jvp) are not supported; the op takes any "
+            "number of leading dimensions, so call it on the whole batch"
+        )
     if t.advantages.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: advantages requires a gradient; expected a constant, use advantages.detach()"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
 from ppo_fast.functional import _categorical, _gaussian
+from ppo_fast.functional._rows import compute_dtype
 from ppo_fast.functional._surrogate import assemble, surrogate
 from ppo_fast.functional._terms import Scalar, Terms, check_terms, flat, row_ent_coef, to_rows
-from ppo_fast.functional.log_probs import compute_dtype
 from ppo_fast.results import PPOLoss
 
 
@@ -130,7 +130,9 @@ def ppo_loss(
         rows, count, inv_n = to_rows(op, t, shape, dtype)
         flat_entropy = None if entropy is None else flat(op, "entropy", entropy, shape).to(dtype)
         part = surrogate(log_probs.reshape(-1).to(dtype), flat_entropy, rows, t)
-        grad_entropy = torch.ones_like(rows.neg_advantages) * -row_ent_coef(rows, t)
+        grad_entropy = None
+        if entropy is not None:
+            grad_entropy = torch.ones_like(rows.neg_advantages) * -row_ent_coef(rows, t)
     gradients = [
         (log_probs, part.grad_log_probs),
         (values, part.grad_values),
@@ -179,7 +181,7 @@ def ppo_loss_from_logits(
     Several heads ("multi-discrete") lie side by side in the logits; log-probs and entropies add up.
 
     A logit of -inf is an illegal action: probability 0, gradient 0. A row of nothing else has
-    entropy 0 and gradient 0 and is counted. An action that is illegal has log-prob -1e9.
+    entropy 0 and gradient 0 and is counted. An action taken though illegal has log-prob -1e9.
 
     Args:
         logits: [..., A] floating, or [..., V]; any strides. Differentiable.
@@ -222,7 +224,7 @@ def ppo_loss_from_logits(
         normalizer=normalizer,
     )
     check_terms(op, t, entropy_given=True)
-    policy = _categorical.check(op, logits, actions, head_sizes, action_mask, temperature)
+    policy = _categorical.check(logits, actions, head_sizes, action_mask, temperature)
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
         rows, count, inv_n = to_rows(op, t, shape, dtype)

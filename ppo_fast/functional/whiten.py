@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
-from ppo_fast.functional.log_probs import compute_dtype
+from ppo_fast.functional._rows import compute_dtype
 
 
 @accelerated
