@@ -1,5 +1,7 @@
 """Package ppo-fast: `ppo_fast` plus the top folder `kernels/`, shipped as `ppo_fast.kernels`."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 # What `ppo-fast train` uses around the algorithm: command line, checkpoints, progress, logs, plots.
@@ -9,7 +11,7 @@ setup(
     name="ppo-fast",
     version="0.1.0",
     description="PPO in PyTorch whose hot paths are Triton kernels",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

@@ -205,7 +205,7 @@ def check(name: str, arm: Arm, truth: Arm, r: Rows) -> None:
         if x in exact:
             exact[x].requires_grad_()
     for got, want in zip(step(arm, r), step(truth, exact), strict=True):
-        error = float((got.double() - want).abs().max() / want.abs().max())
+        error = float((got.detach().double() - want.detach()).abs().max() / want.abs().max())
         # An element whose ratio meets the clip edge may fall on either side in fp32.
         if not error < 1e-4:
             raise SystemExit(f"{name}: off by {error:.3g} of the largest entry; not timed")

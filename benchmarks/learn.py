@@ -55,7 +55,7 @@ class Target(NamedTuple):
 
 TARGETS = {
     "CartPole-v1": Target(100_000, 5, 475.0, while_training=True),
-    "Acrobot-v1": Target(500_000, 5, -100.0),
+    "Acrobot-v1": Target(200_000, 5, -100.0),
     "Pendulum-v1": Target(100_000, 5, -300.0),
     "LunarLander-v3": Target(1_000_000, 3, 200.0),
     "HalfCheetah-v5": Target(1_000_000, 3, None),

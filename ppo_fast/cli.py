@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -157,7 +157,9 @@ def _run(model: PPO, learn: Callable[[Callable[[PPO], None]], object]) -> None:
     try:
         learn(lambda model: marks.append((time.perf_counter(), model.num_timesteps)))
     finally:
-        model.close()
+        # Worker processes that are gone cannot be told to go; why they went is the news.
+        with suppress(OSError, EOFError):
+            model.close()
     seconds = time.perf_counter() - started
     (first, steps), (last, end) = marks[0], marks[-1]
     rate = f", {(end - steps) / (last - first):,.0f} a second while training" if end > steps else ""

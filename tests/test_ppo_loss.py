@@ -9,7 +9,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.distributions import Categorical, Normal
 
-from ppo_fast.functional import _rows
+from ppo_fast.functional import _rows, _surrogate
 from ppo_fast.functional.ppo_loss import ppo_loss, ppo_loss_from_gaussian, ppo_loss_from_logits
 from ppo_fast.results import PPO_STATS
 
@@ -64,6 +64,7 @@ OPTIONS = {
         {
             "clip_coef_high": 0.28,
             "dual_clip": 1.5,
+            "vf_coef": 0.7,
             "vf_clip_coef": 0.2,
             "ent_coef": 0.02,
             "kl_coef": 0.1,
@@ -531,6 +532,26 @@ def test_any_shape_and_strides_are_the_flat_batch():
     )
 
 
+def test_many_rows_are_the_sum_of_their_blocks(monkeypatch):
+    names, options = full_options()
+    rows = pick(batch(50), *names)
+    keep = torch.arange(50) % 4 != 0
+    wanted = differentiable(rows)
+
+    def run():
+        stats = ppo_loss(**rows, mask=keep, **options).stats
+        return stats, gradients_of(lambda r: ppo_loss(**r, mask=keep, **options).loss, rows, wanted)
+
+    whole = run()
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(_surrogate, "CPU_BLOCK_ROWS", 7)
+    torch.set_num_threads(1)
+    try:
+        torch.testing.assert_close(run(), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_zero_dimensional_tensors_serve_as_coefficients():
     names, options = full_options()
     rows = pick(batch(20), *names)
@@ -776,6 +797,7 @@ def test_an_action_mask_is_minus_infinity(a, dtype):
     def filled(x):
         return ppo_loss_from_logits(x.masked_fill(~legal, -math.inf), **options).loss
 
+    logits = logits - 1e5  # far below any finite stand-in for minus infinity
     x, y = leaves(logits.masked_fill(~legal, math.nan), logits)
     masked(x).backward()
     filled(y).backward()
@@ -784,13 +806,15 @@ def test_an_action_mask_is_minus_infinity(a, dtype):
     assert (x.grad[legal] != 0).any()
     # Against autograd on the legal actions of one row alone.
     row = 0
-    z = logits[row : row + 1, legal[row]].clone().requires_grad_()
+    z = logits[row : row + 1, legal[row]].double().requires_grad_()
     index = legal[row].nonzero()[:, 0].tolist().index(int(actions[row]))
-    ones = {name: value[row : row + 1] for name, value in rows.items()}
+    ones = {name: value[row : row + 1].double() for name, value in rows.items()}
     policy = Categorical(logits=z)
     ones |= {"log_probs": policy.log_prob(torch.tensor([index])), "entropy": policy.entropy()}
     autograd_oracle(ones, ent_coef=0.1).backward()
-    torch.testing.assert_close(x.grad[row, legal[row]] * 25, z.grad[0])
+    torch.testing.assert_close(
+        x.grad[row, legal[row]].double() * 25, z.grad[0], rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("a", [4, 64])
@@ -818,10 +842,14 @@ def test_an_action_taken_though_illegal_gets_no_gradient(a):
     logits[0, 1] = -math.inf
     logits.requires_grad_()
     zero = torch.zeros(1)
-    result = ppo_loss_from_logits(logits, torch.tensor([1]), zero, zero - 1, clip_coef=0.2)
-    result.loss.backward()
-    assert result.stats.isfinite().all()
-    assert (logits.grad == 0).all()
+    for old in (zero, zero - math.inf):
+        logits.grad = None
+        result = ppo_loss_from_logits(
+            logits, torch.tensor([1]), old, zero - 1, clip_coef=0.2, ref_log_probs=old, kl_coef=0.1
+        )
+        result.loss.backward()
+        assert result.stats.isfinite().all()
+        assert (logits.grad == 0).all()
 
 
 @pytest.mark.parametrize("a", [4, 64])

@@ -390,9 +390,9 @@ class PPO:
         if steps == 0 and skipped > 0:
             self._save_after_error()
             raise FloatingPointError(
-                f"iteration {self.iteration + 1}: no minibatch had a finite loss and gradient, nothing was learnt; "
-                "lower learning_rate, normalise observations and rewards (norm_obs, norm_reward), or "
-                "check the policy's outputs"
+                f"iteration {self.iteration + 1}: no minibatch had a finite loss and gradient, "
+                "nothing was learnt; lower learning_rate, normalise observations and rewards "
+                "(norm_obs, norm_reward), or check the policy's outputs"
             )
         if self.config.kl_controller != "fixed":
             self.kl_controller.update(last_kl, int(rows))

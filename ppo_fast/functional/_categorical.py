@@ -21,7 +21,7 @@ from ppo_fast.functional._rows import (
     rows_per_block,
     softmax_stats,
 )
-from ppo_fast.functional._surrogate import Surrogate, surrogate
+from ppo_fast.functional._surrogate import Surrogate, joined, nothing, surrogate
 from ppo_fast.functional._terms import Rows, Scalar, Terms, is_on, plus, row_ent_coef
 
 OP = "ppo_loss_from_logits"
@@ -108,51 +108,40 @@ def sweep(
     number, size = policy.actions.shape[0], logits.shape[-1]
     wide = len(policy.head_sizes) == 1 and size >= WIDE_FROM
     if number <= rows_per_block(logits):
-        flat = policy._replace(
-            logits=logits.reshape(-1, size),
-            action_mask=None
-            if policy.action_mask is None
-            else policy.action_mask.reshape(-1, size),
-        )
+        policy = policy._replace(logits=logits.reshape(-1, size))
+        if policy.action_mask is not None:
+            policy = policy._replace(action_mask=policy.action_mask.reshape(-1, size))
         if wide:
-            part, gradient = _wide(flat, rows, t, dtype, wants_gradient, None, None)
+            part, gradient = _wide(policy, rows, t, dtype, wants_gradient, None, None)
         else:
-            part, gradient = _small(flat, rows, t, dtype, wants_gradient)
+            part, gradient = _small(policy, rows, t, dtype, wants_gradient)
         return part, gradient if gradient is None else gradient.to(logits.dtype)
 
     whole = None
     if wants_gradient:
         whole = torch.empty(number, size, dtype=logits.dtype, device=logits.device)
-    sums, deviations = torch.zeros(10, dtype=dtype, device=logits.device), []
-    grad_log_probs = torch.zeros_like(rows.old_log_probs)
-    grad_values = None if rows.values is None else torch.zeros_like(rows.values)
+    parts = []
     tensors = (logits,) if policy.action_mask is None else (logits, policy.action_mask)
-    for own, parts, scratch in Blocks(2 if wide else 0, dtype, *tensors):
+    for own, views, scratch in Blocks(2 if wide else 0, dtype, *tensors):
         block_rows = rows.slice(own)
         if block_rows.keep is not None and may_ask(logits) and not block_rows.keep.any():
+            parts.append(nothing(block_rows))
             if whole is not None:
                 whole[own] = 0
             continue
-        block = Policy(
-            parts[0],
-            policy.actions[own],
-            None if policy.action_mask is None else parts[1],
-            policy.head_sizes,
-            policy.divisor,
+        block = policy._replace(
+            logits=views[0],
+            actions=policy.actions[own],
+            action_mask=None if policy.action_mask is None else views[1],
         )
         if wide:
             part, gradient = _wide(block, block_rows, t, dtype, wants_gradient, *scratch)
         else:
             part, gradient = _small(block, block_rows, t, dtype, wants_gradient)
-        sums += part.sums
-        deviations.append(part.ratio_deviation)
-        grad_log_probs[own] = part.grad_log_probs
-        if grad_values is not None and part.grad_values is not None:
-            grad_values[own] = part.grad_values
+        parts.append(part)
         if whole is not None and gradient is not None:
             whole[own] = gradient
-    deviation = torch.cat(deviations).amax(0, keepdim=True) if deviations else sums[:1]
-    return Surrogate(sums, deviation, grad_log_probs, grad_values), whole
+    return joined(parts), whole
 
 
 def _small(

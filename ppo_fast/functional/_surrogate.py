@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
 
+from ppo_fast.functional._rows import may_ask
 from ppo_fast.functional._terms import Rows, Scalar, Terms, is_on, plus
 from ppo_fast.results import PPOLoss
 
 LOG_RATIO_LIMIT = 20.0
 """|log ratio| is held below this: fp32 exp overflows at 88.7, and no update survives e^20."""
+
+CPU_BLOCK_ROWS = 1 << 15
+"""Rows for each thread: twice as fast at 131072 rows as all at once."""
 
 
 class Surrogate(NamedTuple):
@@ -32,7 +36,41 @@ class Surrogate(NamedTuple):
 
 
 def surrogate(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -> Surrogate:
-    """The PPO terms of each row, summed, and their gradients. `log_probs`, `entropy`: [M].
+    """The PPO terms of each row, summed, and their gradients. `log_probs`, `entropy`: [M]."""
+    number = log_probs.numel()
+    if number <= CPU_BLOCK_ROWS or not may_ask(log_probs):
+        return _block(log_probs, entropy, rows, t)
+    step = CPU_BLOCK_ROWS * torch.get_num_threads()
+    blocks = [slice(start, start + step) for start in range(0, number, step)]
+    return joined(
+        [
+            _block(log_probs[own], None if entropy is None else entropy[own], rows.slice(own), t)
+            for own in blocks
+        ]
+    )
+
+
+def joined(parts: list[Surrogate]) -> Surrogate:
+    """Consecutive blocks of rows as one."""
+    values = [part.grad_values for part in parts if part.grad_values is not None]
+    return Surrogate(
+        torch.stack([part.sums for part in parts]).sum(0),
+        torch.cat([part.ratio_deviation for part in parts]).amax(0, keepdim=True),
+        torch.cat([part.grad_log_probs for part in parts]),
+        torch.cat(values) if values else None,
+    )
+
+
+def nothing(rows: Rows) -> Surrogate:
+    """What rows that are all masked come to."""
+    zeros = torch.zeros_like(rows.neg_advantages)
+    return Surrogate(
+        zeros.new_zeros(10), zeros.new_zeros(1), zeros, None if rows.values is None else zeros
+    )
+
+
+def _block(log_probs: Tensor, entropy: Tensor | None, rows: Rows, t: Terms) -> Surrogate:
+    """Do the work of `surrogate`, whose vectors should stay in the cache.
 
     Comparisons are done in place where that saves a conversion: flags come out as 0.0 and 1.0.
     """
