@@ -138,17 +138,32 @@ def train(job: Job) -> Row:
 class Results:
     """The results file: what it held for the same code and machine, and what is added."""
 
-    def __init__(self, code: str, fresh: bool) -> None:
-        machine = harness.machine_record()
-        found = sorted(harness.RESULTS.glob("learn-*.json"), key=lambda file: file.stat().st_mtime)
-        for file in reversed(found):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            same = record["machine"]["cpu"] == machine["cpu"]
-            if same and record["rows"] and record["rows"][0]["code"] == code and not fresh:
+    def __init__(self, code: str) -> None:
+        self.code = code
+        cpu = harness.machine_record()["cpu"]
+        files = sorted(harness.RESULTS.glob("learn-*.json"), key=lambda file: file.stat().st_mtime)
+        records = {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
+        for file, record in reversed(records.items()):
+            same_code = any(row["code"] == code for row in record["rows"])
+            if same_code and record["machine"]["cpu"] == cpu:
                 self.path, self.record = file, record
                 return
         self.path = harness.write_results("learn", [])
         self.record = json.loads(self.path.read_text(encoding="utf-8"))
+        if self.path in records:
+            # The same commit with other uncommitted changes: its rows stay until they are replaced.
+            self.record["rows"] = records[self.path]["rows"]
+
+    def matching(self, targets: dict[str, Target]) -> list[Row]:
+        """Rows of these environments and lengths, by today's recipe and code."""
+        return [
+            row
+            for row in self.rows
+            if row["code"] == self.code
+            and row["env"] in targets
+            and row["timesteps"] == targets[row["env"]].timesteps
+            and row["config"] == settings(row["env"], row["seed"])
+        ]
 
     @property
     def rows(self) -> list[Row]:
@@ -211,7 +226,7 @@ def _spread(rows: Sequence[Row], key: str, form: str) -> str:
     return f"{middle} ({values[0]:{form}} to {values[-1]:{form}})"
 
 
-def table(rows: Sequence[Row], machine: dict[str, Any], source: str) -> str:
+def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
     """Return one line an environment, in Markdown."""
     lines = [
         "| environment | steps | gate | passed | return, evaluated | return, last 100 in training "
@@ -236,20 +251,19 @@ def table(rows: Sequence[Row], machine: dict[str, Any], source: str) -> str:
             _spread(mine, "sps", ",.0f"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    cpu = f"{machine['cpu']}, {machine['cpu_count']} cores, one run a core, one thread a run"
+    cpu = f"{machine['cpu']}, {machine['cpu_count']} cores, one thread a run"
     lines += [
         "",
         f"Median (lowest to highest) over seeds; {cpu}; {machine['date']}, commit "
-        f"{machine['commit']}. Evaluated: the final policy, deterministic, {EPISODES} episodes a seed. "
-        "The gate is for that return; CartPole-v1 passes when the last 100 training episodes reach it. "
-        "Steps and seconds to gate are when those of any environment did. "
-        f"Every row: {source}.",
+        f"{machine['commit']}. Evaluated: the final policy, deterministic, {EPISODES} episodes a seed; "
+        "the gate is for that return, but for CartPole-v1, which passes once the last 100 training "
+        "episodes reach it. Steps and seconds to gate: when those episodes first did.",
     ]
     return "\n".join(lines)
 
 
 def write_table(text: str, readme: Path) -> bool:
-    """Put the table between the markers; False where there are none."""
+    """Put the text between the markers; False where there are none."""
     if not readme.exists():
         return False
     page = readme.read_text(encoding="utf-8")
@@ -289,19 +303,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     code = code_version()
-    results = Results(code, arguments.fresh)
-    present = {json.dumps(identity(row)) for row in results.rows}
-    jobs, wanted = [], set()
-    for env_id in arguments.env or TARGETS:
-        target = TARGETS[env_id]
-        timesteps = arguments.timesteps or target.timesteps
-        for seed in range(1, (arguments.seeds or target.seeds) + 1):
-            key = json.dumps([env_id, seed, timesteps, code, settings(env_id, seed)])
-            wanted.add(key)
-            if key not in present:
-                jobs.append(Job(env_id, seed, timesteps, code))
-    if len(jobs) < len(wanted):
-        print(f"{len(wanted) - len(jobs)} of {len(wanted)} runs are in {results.path} already")
+    results = Results(code)
+    chosen = {
+        env_id: TARGETS[env_id]._replace(
+            timesteps=arguments.timesteps or TARGETS[env_id].timesteps,
+            seeds=arguments.seeds or TARGETS[env_id].seeds,
+        )
+        for env_id in arguments.env or TARGETS
+    }
+    present = [] if arguments.fresh else results.matching(chosen)
+    have = {(row["env"], row["seed"]) for row in present}
+    runs = [(env_id, 1 + seed) for env_id in chosen for seed in range(chosen[env_id].seeds)]
+    jobs = [Job(*run, chosen[run[0]].timesteps, code) for run in runs if run not in have]
+    if len(jobs) < len(runs):
+        print(f"{len(runs) - len(jobs)} of {len(runs)} runs are in {results.path} already")
 
     started = time.perf_counter()
     finished = 0
@@ -319,13 +334,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     failures = run_jobs(jobs, min(arguments.jobs, len(jobs)), done) if jobs else []
-    rows = [row for row in results.rows if json.dumps(identity(row)) in wanted]
+    # The table keeps the environments that were not asked for.
+    rows = results.matching({**TARGETS, **chosen})
     picture = results.path.with_suffix(".png")
     draw(rows, picture)
-    source = f"`benchmarks/results/{results.path.name}`"
-    text = table(rows, results.record["machine"], source)
+    text = table(rows, results.record["machine"])
     print(f"\n{text}\n\nwrote {results.path} and {picture.name}")
-    if not write_table(text, arguments.readme):
+    shown = os.path.relpath(picture, arguments.readme.parent)
+    text += f"\n\n![Learning curves: median and range over seeds]({shown})"
+    if arguments.timesteps:
+        print(f"{arguments.readme.name} is left alone: --timesteps is not the recipes' length")
+    elif not write_table(text, arguments.readme):
         print(f"{arguments.readme} has no {BEGIN} ... {END}; the table is only here")
     if failures:
         sys.exit("failed:\n" + "\n".join(failures))

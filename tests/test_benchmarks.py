@@ -78,8 +78,8 @@ def test_learn_writes_rows_table_and_picture_and_trains_nothing_twice(
     monkeypatch.setattr(learn, "code_version", lambda: "1")  # the source may be under edit
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{learn.BEGIN}\nold table\n{learn.END}\nafter\n")
-    arguments = ["--env", "CartPole-v1", "--seeds", "1", "--timesteps", "512", "--jobs", "1"]
-    arguments += ["--readme", str(readme)]
+    monkeypatch.setitem(learn.TARGETS, "CartPole-v1", learn.Target(512, 5, 475.0))
+    arguments = ["--env", "CartPole-v1", "--seeds", "1", "--jobs", "1", "--readme", str(readme)]
     learn.main(arguments)
     file, (row,) = read(tmp_path, "learn-*.json")
     assert (row["env"], row["seed"], row["timesteps"]) == ("CartPole-v1", 1, 512)
@@ -90,7 +90,7 @@ def test_learn_writes_rows_table_and_picture_and_trains_nothing_twice(
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page = readme.read_text()
     assert page.startswith(f"before\n{learn.BEGIN}\n| environment |")
-    assert page.endswith(f"{learn.END}\nafter\n")
+    assert page.endswith(f"]({file.with_suffix('.png').name})\n{learn.END}\nafter\n")
     assert "| CartPole-v1 | 512 | 475 | 0 of 1 seeds |" in page
     assert "old table" not in page
 
@@ -112,9 +112,9 @@ def test_learn_keeps_finished_rows_when_a_run_fails(script, tmp_path, monkeypatc
         return ["Acrobot-v1 seed 2: it broke"]
 
     monkeypatch.setattr(learn, "run_jobs", run_jobs)
+    monkeypatch.setitem(learn.TARGETS, "Acrobot-v1", learn.Target(9, 2, -100.0))
     with pytest.raises(SystemExit, match="Acrobot-v1 seed 2: it broke"):
-        arguments = ["--env", "Acrobot-v1", "--seeds", "2", "--timesteps", "9"]
-        learn.main([*arguments, "--readme", str(tmp_path / "none.md")])
+        learn.main(["--env", "Acrobot-v1", "--readme", str(tmp_path / "none.md")])
     assert read(tmp_path, "learn-*.json")[1] == [row]
     out = capsys.readouterr().out
     assert "none.md has no <!-- learn:begin -->" in out

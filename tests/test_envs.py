@@ -371,6 +371,13 @@ def test_action_masks_fit_the_observation_in_every_mode(masked, mode):
     assert rollout.action_mask.gather(-1, rollout.actions.unsqueeze(-1)).all()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_environment_that_tells_no_mask_may_do_anything(mode):
+    env = SyncVectorEnv([lambda: MaskedByInfo(limit=4), Flexible], autoreset_mode=mode)
+    rollout = collector_for(env, 20).collect()
+    assert rollout.action_mask[:, 1].all() and not rollout.action_mask[:, 0].all()
+
+
 def test_a_vector_wrapper_hides_no_action_masks():
     env = SyncVectorEnv([lambda: MaskedByMethod()] * 2)
     collector = collector_for(gym.wrappers.vector.RecordEpisodeStatistics(env), 10)
@@ -384,12 +391,45 @@ def test_an_action_mask_told_only_by_steps_is_used():
             result = super().step(action)[:4]
             return *result, {"action_mask": np.array([self.t % 2 == 0, self.t % 2 == 1])}
 
-    collector = collector_for(lambda: Late(limit=5), 30, num_envs=2)
+    # 32 steps: a row that tells nothing meets one of the rollout before that told something.
+    collector = collector_for(lambda: Late(limit=5), 32, num_envs=2)
     for _ in range(2):
         rollout = collector.collect()
         assert rollout.action_mask is not None
         firsts = rollout.inputs[:-1, :, 0] == 0
         assert rollout.action_mask[firsts].all() and not rollout.action_mask[~firsts].all(-1).any()
+
+
+def test_a_resumed_run_begins_with_the_masks_it_stopped_with(tmp_path):
+    model = PPO("Taxi-v4", **SMALL).learn(100)
+    model.save(tmp_path / "taxi.safetensors")
+    loaded = PPO.load(tmp_path / "taxi.safetensors")
+    loaded._start()
+    masks = model.envs.action_masks()
+    np.testing.assert_array_equal(loaded.envs.action_masks(), masks)
+    fresh = PPO("Taxi-v4", **SMALL)
+    fresh._start()
+    assert not masks.all() and (fresh.envs.action_masks() != masks).any()
+
+
+class Haunted(NativeChain):
+    """Rewards NaN in the rows that are no transitions."""
+
+    def step(self, actions):
+        over = self.over
+        obs, rewards, *rest = super().step(actions)
+        return obs, np.where(over, np.nan, rewards), *rest
+
+
+@pytest.mark.parametrize("config", [{}, {"norm_reward": True}])
+def test_rewards_of_rows_that_are_no_transitions_are_not_read(config):
+    def train(env):
+        return PPO(env, num_steps=32, num_minibatches=2, **config).learn(100)
+
+    haunted, plain = train(Haunted(2)), train(NativeChain(2))
+    assert haunted.metrics["rollout/ep_rew_mean"] == plain.metrics["rollout/ep_rew_mean"]
+    for a, b in zip(haunted.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # What is refused, and how

@@ -9,6 +9,7 @@ import torch
 from chain import Chain, ChainPolicy, NativeChain, TensorChain
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from test_envs import Haunted
 from test_episodes import true_episodes
 
 from ppo_fast import PPO, evaluate
@@ -21,6 +22,7 @@ BACKENDS = {
     "disabled": lambda n: SyncVectorEnv([Chain] * n, autoreset_mode=AutoresetMode.DISABLED),
     "async": lambda n: AsyncVectorEnv([Chain] * n, autoreset_mode=AutoresetMode.SAME_STEP),
     "native": NativeChain,
+    "native with rewards in resets": Haunted,
     "tensor": TensorChain,
     "rsl_rl": lambda n: TensorChain(n, style="rsl_rl"),
 }

@@ -56,6 +56,7 @@ def build(observation_space, action_space, **options):
 
 
 def observations(space, rows=ROWS):
+    space.seed(0)
     sampled = [space.sample() for _ in range(rows)]
     if isinstance(space, spaces.Dict):
         return {k: observations(child, rows) for k, child in space.spaces.items()}

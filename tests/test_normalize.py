@@ -175,6 +175,22 @@ class Blind(torch.nn.Module):
         return torch.tensor([100.0, 0.0]).expand(len(obs), -1), obs[:, 0]
 
 
+@pytest.mark.parametrize("name", ["same_step", "disabled", "async", "tensor"])
+def test_last_observations_are_normalised_for_the_critic(name):
+    envs = make_environments(MODES[name](), None, "auto")
+    normalizer = ObservationNormalizer((1,), CPU, 10.0)
+    collector = Collector(
+        envs, Blind(), Categorical(Chain.action_space), 4, CPU,
+        torch.Generator().manual_seed(0), {"": normalizer}, None,
+    )  # fmt: skip
+    collector.start(0)
+    rollout = collector.collect()  # positions 0, 1, 2, 3, and the fourth step is the last
+    assert rollout.truncated[3, 0]
+    want = normalizer(torch.tensor([4.0]))
+    torch.testing.assert_close(rollout.bootstrap_values[3], want)
+    envs.close()
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_statistics_are_of_the_observations_that_were_acted_on_in_every_mode(name):
     envs = make_environments(MODES[name](), None, "auto")

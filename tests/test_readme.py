@@ -20,8 +20,10 @@ def test_every_path_of_the_tree_exists():
             folder = ROOT / line.split()[0]
             assert folder.is_dir(), folder
             continue
-        for name in re.findall(r"(?:^|\s)([a-z_]+(?:\.py|/))(?=\s|$)", line):
-            assert (folder / name).exists(), f"{folder.name}/{name}"
+        here = folder
+        for name in re.findall(r"(?:^|\s)([a-z_]+(?:\.py|/))(?=[\s,]|$)", line):
+            assert (here / name).exists(), f"{here.name}/{name}"
+            here = here / name if name.endswith("/") else here  # the files named after a folder
             seen += 1
     assert seen >= 14
 
