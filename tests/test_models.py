@@ -139,6 +139,10 @@ def test_small_images_get_small_convolutions(shape):
 
 
 def test_bytes_are_scaled_to_one():
+    encoder = ImageEncoder((3, 40, 36), True)
+    white = encoder(torch.full((1, 3, 40, 36), 255, dtype=torch.uint8))
+    want = encoder.head(encoder.convolutions(torch.ones(1, 3, 40, 36)))
+    torch.testing.assert_close(white, want)
     policy, _, _ = build(OBSERVATIONS["bytes"], ACTIONS["discrete"])
     features = policy.encoder(torch.full((1, 128), 255, dtype=torch.uint8))
     torch.testing.assert_close(features, torch.ones(1, 128))

@@ -185,9 +185,15 @@ def test_an_adaptive_kl_penalty_moves_and_is_logged(rule):
         "learning_rate": 1e-1,
         "anneal_lr": False,
     }
-    model, rows = over_a_call(config, ("train/kl_coef",))
-    assert len(set(rows[:, 0])) > 3 and rows.max() > 1
-    assert rows[-1, 0] == model.kl_controller.coef != 1
+    used, logged = [], []
+
+    def callback(model):
+        used.append(float(model._kl_coef))
+        logged.append(model.metrics["train/kl_coef"])
+
+    PPO(Toy, **{**SMALL, **config}).learn(320, callback)
+    assert len(set(logged)) > 3 and max(logged) > 1
+    np.testing.assert_allclose(used, [1.0, *logged[:-1]], rtol=1e-6)
 
 
 def test_a_kl_penalty_keeps_the_policy_nearer():
@@ -453,12 +459,38 @@ class Broken(nn.Module):
         return out[:, :2], out[:, 2]
 
 
-def test_a_policy_of_nans_ends_the_run_and_is_left_as_it_was(tmp_path):
-    model = PPO(Toy, Broken(lambda obs: obs[:, 0] < 9), run_dir=str(tmp_path / "run"), **SMALL)
-    before = model.policy.net.weight.clone()
-    with pytest.raises(FloatingPointError, match="iteration 1: no minibatch had a finite loss"):
+def test_a_policy_of_nans_ends_the_run_and_is_left_as_it_was():
+    broken = []
+    policy = Broken(lambda obs: obs[:, 0] < (9 if broken else -9))
+    model = PPO(Toy, policy, **SMALL).learn(64)  # Adam has momentum now
+    broken.append(True)
+    before = policy.net.weight.clone()
+    with pytest.raises(FloatingPointError, match="iteration 3: no minibatch had a finite loss"):
         model.learn(64)
-    assert torch.equal(model.policy.net.weight, before)
+    assert torch.equal(policy.net.weight, before)
+
+
+def test_rows_that_are_no_transitions_do_not_move_the_policy():
+    def parameters(spoil):
+        model = PPO(NativeChain(2), num_steps=32, num_minibatches=2)
+        model._start()
+        collect = model.collector.collect
+
+        def spoiled():
+            rollout = collect()
+            spurious = ~rollout.mask
+            assert spurious.any()
+            if spoil:
+                rollout.inputs[:-1][spurious] = 50.0
+                rollout.log_probs[spurious] = -30.0
+                rollout.actions[spurious] = 0
+            return rollout
+
+        model.collector.collect = spoiled
+        model.learn(60)
+        return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+    assert torch.equal(parameters(False), parameters(True))
 
 
 def test_a_continuous_policy_of_nans_is_not_blamed_on_the_environment():

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_fast.functional._scan import reverse_linear_scan_
+
 EPSILON = 1e-8
 
 
@@ -29,22 +31,19 @@ class RunningMoments:
         """Merge rows [M, *shape]; `valid` [M] bool leaves rows out without reading them."""
         batch = batch.double()
         if valid is None:
-            count = torch.full_like(self.count, batch.shape[0])
-            mean = batch.mean(0)
-            squares = (batch - mean).square().sum(0)
+            count: Tensor | int = batch.shape[0]
+            var, mean = torch.var_mean(batch, 0, correction=0)
         else:
             rows = valid.reshape(-1, *[1] * (batch.dim() - 1))
             count = valid.sum().double()
-            mean = torch.where(rows, batch, 0).sum(0) / count.clamp(min=1)
-            squares = torch.where(rows, batch - mean, 0).square().sum(0)
+            at_least_one = count.clamp(min=1)
+            mean = torch.where(rows, batch, 0).sum(0) / at_least_one
+            var = torch.where(rows, batch - mean, 0).square_().sum(0) / at_least_one
         delta = mean - self.mean
-        total = self.count + count
-        self.mean += delta * (count / total)
-        self.var.copy_(
-            (self.var * self.count + squares + delta.square() * (self.count * count / total))
-            / total
-        )
-        self.count.copy_(total)
+        self.count += count
+        share = count / self.count
+        self.mean.lerp_(mean, share)
+        self.var.lerp_(var, share).addcmul_(delta.square_(), share * (1 - share))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The live statistics, by checkpoint name."""
@@ -78,24 +77,44 @@ class RewardNormalizer:
         self.clip = clip
 
     def normalize(self, rewards: Tensor, done: Tensor, mask: Tensor | None) -> Tensor:
-        """Normalise a rollout's rewards [T, N] step by step; float32.
+        """Normalise a rollout's rewards [T, N] by the statistics after each step; float32.
 
         Args:
             rewards: [T, N].
             done: [T, N] bool, the end of an episode, where the discounted return starts anew.
             mask: [T, N] bool or None; False rows are skipped and come out as 0.
         """
-        normalized = torch.zeros_like(rewards, dtype=torch.float32)
-        for t in range(rewards.shape[0]):
-            row = rewards[t].double()
-            valid = None if mask is None else mask[t]
-            summed = self.returns * self.gamma + row
-            self.returns.copy_(
-                summed if valid is None else torch.where(valid, summed, self.returns)
-            )
-            self.moments.update(self.returns, valid)
-            scaled = row / (self.moments.var + EPSILON).sqrt()
-            scaled = scaled.clamp_(-self.clip, self.clip).float()
-            normalized[t] = scaled if valid is None else torch.where(valid, scaled, 0)
-            self.returns.masked_fill_(done[t], 0)
-        return normalized
+        rewards = rewards.double()
+        decays = torch.full_like(rewards, self.gamma)
+        if mask is not None:
+            rewards = torch.where(mask, rewards, 0)
+            decays.masked_fill_(~mask, 1)
+        decays[1:].masked_fill_(done[:-1], 0)
+        returns = rewards.clone()
+        returns[0].addcmul_(decays[0], self.returns)
+        # The scan runs from the last row to the first: time is turned round.
+        returns, decays = returns.flip(0), decays.flip(0)
+        reverse_linear_scan_(returns, decays)
+        returns = returns.flip(0)
+        self.returns.copy_(returns[-1].masked_fill(done[-1], 0))
+        scaled = rewards / (self._running_var(returns, mask) + EPSILON).sqrt().unsqueeze(1)
+        return scaled.clamp_(-self.clip, self.clip).float()
+
+    def _running_var(self, returns: Tensor, mask: Tensor | None) -> Tensor:
+        """Merge the rows one after another; return the variance [T] after each."""
+        moments = self.moments
+        # Sums are taken around the mean so far, which keeps their difference from cancelling.
+        shifted = returns - moments.mean
+        if mask is None:
+            counts = torch.full_like(shifted[:, 0], shifted.shape[1])
+        else:
+            shifted = torch.where(mask, shifted, 0)
+            counts = mask.sum(1).double()
+        counts = counts.cumsum(0).add_(moments.count)
+        means = shifted.sum(1).cumsum(0).div_(counts)
+        squares = shifted.square().sum(1).cumsum(0).add_(moments.var * moments.count).div_(counts)
+        variances = squares.sub_(means.square()).clamp_(min=0)
+        moments.count.copy_(counts[-1])
+        moments.mean.add_(means[-1])
+        moments.var.copy_(variances[-1])
+        return variances

@@ -120,7 +120,7 @@ class PPO:
         self.device = self._choose_device()
         self.custom_policy = policy is not None
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # the CPU's alone
             self.policy = (policy if policy is not None else self._default_policy()).to(self.device)
         self.optimizer = FlatAdam(
             self.policy.parameters(), config.learning_rate, config.adam_eps, config.max_grad_norm

@@ -1,7 +1,7 @@
 """Generalized Advantage Estimation: dense [T, N] rollouts and packed sequences.
 
 `gae` and `gae_packed` differ only in which value follows a row; the equation is in `_finish`, the
-recursion in `_reverse_linear_scan_`.
+recursion in `_scan.py`.
 
 On a CPU a pass over memory costs more than its arithmetic, so two buffers hold every intermediate
 and become the outputs.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
+from ppo_fast.functional._scan import reverse_linear_scan_
 
 
 @accelerated
@@ -229,7 +230,7 @@ def _finish(
     if is_last is not None:
         decays.masked_fill_(is_last, 0.0)
 
-    _reverse_linear_scan_(deltas, decays)
+    reverse_linear_scan_(deltas, decays)
     advantages, returns = deltas, torch.add(deltas, values, out=decays)
     if skipped is not None:
         advantages.masked_fill_(skipped, 0.0)
@@ -246,35 +247,7 @@ def _skip_unknown_(next_values: Tensor, is_known: Tensor) -> None:
     """Overwrite each entry that is not known with the next one along dim 0 that is."""
     is_unknown = ~is_known
     next_values.masked_fill_(is_unknown, 0.0)
-    _reverse_linear_scan_(next_values, torch.empty_like(next_values).copy_(_bytes(is_unknown)))
-
-
-def _reverse_linear_scan_(x: Tensor, decays: Tensor) -> None:
-    """Solve `x_t <- x_t + decays_t x_{t+1}` in place, from the last row of dim 0 to the first.
-
-    By odd-even reduction: each even row absorbs the odd row after it, the even rows are a scan of
-    half the length, and its results complete the odd rows. That is 3 calls for each halving and
-    about 3 multiply-adds for each entry, with no division and no term left out.
-
-    `decays` is overwritten; what its last row holds does not matter.
-    """
-    length = x.shape[0]
-    # On a CPU, bench_gae.py: below 8 rows a call for each row is cheaper, and from 4096 columns
-    # on a row's arithmetic outweighs its call, so the fewest passes over memory win.
-    is_wide = x.is_cpu and x.numel() >= 4096 * length and not torch.compiler.is_compiling()
-    if length <= 8 or is_wide:
-        rows, row_decays = x.unbind(0), decays.unbind(0)
-        for t in range(length - 2, -1, -1):
-            rows[t].addcmul_(row_decays[t], rows[t + 1])
-        return
-    if length % 2:
-        x[-2].addcmul_(decays[-2], x[-1])
-        x, decays = x[:-1], decays[:-1]
-    even, odd, even_decays, odd_decays = x[::2], x[1::2], decays[::2], decays[1::2]
-    even.addcmul_(even_decays, odd)
-    even_decays.mul_(odd_decays)
-    _reverse_linear_scan_(even, even_decays)
-    odd[:-1].addcmul_(odd_decays[:-1], even[1:])
+    reverse_linear_scan_(next_values, torch.empty_like(next_values).copy_(_bytes(is_unknown)))
 
 
 def _result_dtype(*tensors: Tensor | None) -> torch.dtype:
