@@ -182,6 +182,7 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = Encoder(leaves, ortho_init)
+        self.activation = activation
         features = self.encoder.num_features
         if len(leaves) == 1 and is_image(next(iter(leaves.values()))):
             hidden_sizes = ()

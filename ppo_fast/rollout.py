@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,16 @@ class Batch:
         return Batch(**chosen)
 
     def minibatches(self, num_minibatches: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield every sample once, in `num_minibatches` equal parts of a new random order."""
+        """Yield every sample once, in `num_minibatches` parts, equal up to one row, newly shuffled."""
         order = torch.randperm(len(self), generator=generator, device=self.advantages.device)
-        for index in order.chunk(num_minibatches):
+        for index in order.tensor_split(num_minibatches):
             yield self.take(index)
+
+    def without_masked_rows(self) -> Batch:
+        """The samples that are transitions; waits for a GPU, whose shapes had better stay as they are."""
+        if self.mask is None or bool(self.mask.all()):
+            return replace(self, mask=None)
+        return replace(self.take(self.mask.nonzero().squeeze(1)), mask=None)
 
 
 @dataclass

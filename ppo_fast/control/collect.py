@@ -17,10 +17,11 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
 from ppo_fast.control.envs import Environments, Step
+from ppo_fast.control.loss import make_actor
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
 from ppo_fast.control.spaces import allocate
 from ppo_fast.distributions import Categorical, DiagGaussian
-from ppo_fast.models import actor_of, critic_of
+from ppo_fast.models import critic_of
 from ppo_fast.rollout import Rollout
 from ppo_fast.tree import Tree, tree_cat, tree_leaves, tree_map, tree_rows
 
@@ -61,6 +62,7 @@ class Collector:
         self.envs = envs
         self.policy = policy
         self.distribution = distribution
+        self._actor = make_actor(policy)
         self.device = device
         self.generator = generator
         self.obs_normalizers = obs_normalizers
@@ -202,7 +204,7 @@ class Collector:
     def _act(self, t: int, noise: Tensor) -> Any:
         obs = tree_map(lambda rows: rows[t], self._input_rows)
         mask = self._action_mask(t)
-        parameters = actor_of(self.policy, obs)
+        parameters = self._actor(obs)
         actions = self.distribution.sample(parameters, noise, mask)
         self._action_rows[t].copy_(actions)
         actions = self.distribution.to_env(actions)

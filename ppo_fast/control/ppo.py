@@ -22,6 +22,7 @@ from ppo_fast.control.collect import Collector
 from ppo_fast.control.envs import Environments
 from ppo_fast.control.episodes import EpisodeStats
 from ppo_fast.control.interrupt import DeferredInterrupt
+from ppo_fast.control.loss import make_loss, why_not_explicit
 from ppo_fast.control.make_envs import make_environments
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
 from ppo_fast.control.run_folder import RunFolder
@@ -40,7 +41,7 @@ from ppo_fast.functional.explained_variance import explained_variance
 from ppo_fast.kl_control import KLController
 from ppo_fast.models import ActorCritic, actor_of, critic_of, is_image
 from ppo_fast.profiling import StageTimer
-from ppo_fast.results import PPO_STATS, PPOLoss
+from ppo_fast.results import PPO_STATS
 from ppo_fast.rollout import Batch, Rollout
 from ppo_fast.tree import tree_leaves
 from ppo_fast.update import FlatAdam, UpdateStats, ppo_update
@@ -157,6 +158,7 @@ class PPO:
         self.missing_schedules: list[str] = []
         self.from_id = False
         self._folder: RunFolder | None = None
+        self._loss_options: dict[str, Any] = {}
         self._own_folder: Path | None = None
 
     def _choose_device(self) -> torch.device:
@@ -250,6 +252,9 @@ class PPO:
                 "checkpoint does not hold; pass them or numbers to load, as in "
                 f"PPO.load(path, {self.missing_schedules[0]}=...)"
             )
+        self._loss = make_loss(self.policy, self.distribution, lambda: self._loss_options)
+        why = why_not_explicit(self.policy)
+        log.info("gradients by %s", "explicit backward" if why is None else f"autograd: {why}")
         self._start()
         self._open_folder()
         bar = self._progress_bar()
@@ -315,35 +320,31 @@ class PPO:
             batch = rollout.to_batch(
                 self.config.gamma, self.config.gae_lambda, self.config.norm_adv == "batch"
             )
+            if self.device.type == "cpu" and len(batch) > self.config.num_minibatches * 4:
+                # Shapes are free to vary here, and a mask would cost the loss a fifth of its time.
+                batch = batch.without_masked_rows()
         with self.timer.stage("update"):
             stats = ppo_update(self._loss, self.optimizer, batch, self.config, self.generator)
         with self.timer.stage("log"):
             self._report(rollout, batch, stats, collector, started)
 
-    def _loss(self, batch: Batch) -> PPOLoss:
+    def _make_loss_options(self) -> dict[str, Any]:
         config = self.config
-        parameters, values = self.policy(batch.inputs)
-        return self.distribution.loss(
-            parameters,
-            batch.actions,
-            batch.log_probs,
-            batch.advantages,
-            batch.action_mask,
-            clip_coef=self._clip_coef,
-            clip_coef_high=self._clip_coef_high,
-            dual_clip=config.dual_clip,
-            values=values.reshape(-1),
-            old_values=batch.values,
-            returns=batch.returns,
-            vf_coef=config.vf_coef,
-            vf_clip_coef=config.vf_clip_coef,
-            vf_clip=config.vf_clip,
-            ent_coef=self._ent_coef,
-            old_kl_coef=self._kl_coef if config.kl_coef else 0.0,
-            mask=batch.mask,
-            weights=batch.weights,
-            norm_adv=config.norm_adv == "minibatch",
-        )
+        options = {
+            "clip_coef": self._clip_coef,
+            "clip_coef_high": self._clip_coef_high,
+            "dual_clip": config.dual_clip,
+            "vf_coef": config.vf_coef,
+            "vf_clip_coef": config.vf_clip_coef,
+            "vf_clip": config.vf_clip,
+            "ent_coef": self._ent_coef,
+            "old_kl_coef": self._kl_coef if config.kl_coef else 0.0,
+            "norm_adv": config.norm_adv == "minibatch",
+        }
+        if self.device.type == "cpu":
+            # Numbers spare operations; on a GPU a captured graph would freeze them.
+            options |= {k: v.item() for k, v in options.items() if isinstance(v, Tensor)}
+        return options
 
     def _anneal(self) -> None:
         config = self.config
@@ -368,6 +369,7 @@ class PPO:
         self._clip_coef_high.fill_(clip if high is None else high * clip / config.clip_coef)
         self._ent_coef.fill_(value("ent_coef", config.anneal_ent))
         self._kl_coef.fill_(self.kl_controller.coef)
+        self._loss_options = self._make_loss_options()
 
     def _report(
         self,
