@@ -15,9 +15,15 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from ppo_fast.functional._terms import Terms
 from ppo_fast.functional.gaussian import log_probs_from_gaussian
 from ppo_fast.functional.log_probs import log_probs_from_logits
-from ppo_fast.functional.ppo_loss import ppo_loss_from_gaussian, ppo_loss_from_logits
+from ppo_fast.functional.ppo_loss import (
+    categorical_gradients,
+    gaussian_gradients,
+    ppo_loss_from_gaussian,
+    ppo_loss_from_logits,
+)
 from ppo_fast.results import PPOLoss
 
 Parameters = Tensor | tuple[Tensor, Tensor]
@@ -166,6 +172,17 @@ class Categorical:
                 raise ValueError("action mask forbids every choice of an action")
         return mask
 
+    def gradients(
+        self, parameters: Parameters, actions: Tensor, action_mask: Tensor | None, terms: Terms
+    ) -> tuple[PPOLoss, tuple[Tensor, ...]]:
+        """The loss without autograd: (result, its gradients by the logits and the values)."""
+        assert isinstance(parameters, Tensor)
+        head_sizes = self.head_sizes if self.action_shape else None
+        result, *gradients = categorical_gradients(
+            parameters, actions, head_sizes, action_mask, terms
+        )
+        return result, tuple(gradients)
+
     def to_env(self, actions: Tensor) -> Tensor:
         """Add the space's start and restore its shape and dtype."""
         if self._start is not None:
@@ -233,6 +250,14 @@ class DiagGaussian:
         return ppo_loss_from_gaussian(
             mean, log_std, actions, old_log_probs, advantages, squash=self.squash, **options
         )
+
+    def gradients(
+        self, parameters: Parameters, actions: Tensor, action_mask: Tensor | None, terms: Terms
+    ) -> tuple[PPOLoss, tuple[Tensor, ...]]:
+        """The loss without autograd: (result, its gradients by mean, log_std and the values)."""
+        mean, log_std = parameters
+        result, *gradients = gaussian_gradients(mean, log_std, actions, self.squash, terms)
+        return result, tuple(gradients)
 
     def to_env(self, actions: Tensor) -> Tensor:
         """Clip or squash into the bounds and restore the space's shape and dtype."""

@@ -96,10 +96,12 @@ class ImageEncoder(nn.Module):
 class VectorEncoder(nn.Module):
     """Numbers of any shape, flattened to float32; uint8 is scaled to [0, 1]."""
 
-    def __init__(self, shape: tuple[int, ...], scale: float) -> None:
+    def __init__(self, shape: tuple[int, ...], scale: float, is_plain: bool) -> None:
         super().__init__()
         self.num_features = math.prod(shape)
         self.scale = scale
+        self.is_plain = is_plain
+        """whether the features are the stored observations themselves"""
 
     def forward(self, obs: Tensor) -> Tensor:
         """[M, *shape] to [M, prod(shape)] float32."""
@@ -130,9 +132,10 @@ def _encoder_for(space: spaces.Space, ortho: bool) -> ImageEncoder | VectorEncod
         assert space.shape is not None
         return ImageEncoder(space.shape, ortho)
     if isinstance(space, spaces.Box):
-        return VectorEncoder(space.shape, 1 / 255 if space.dtype == "uint8" else 1.0)
+        is_plain = space.dtype.kind == "f" and len(space.shape) == 1
+        return VectorEncoder(space.shape, 1 / 255 if space.dtype == "uint8" else 1.0, is_plain)
     if isinstance(space, spaces.MultiBinary):
-        return VectorEncoder(space.shape, 1.0)
+        return VectorEncoder(space.shape, 1.0, False)
     if isinstance(space, spaces.Discrete):
         return OneHotEncoder([int(space.n)], [int(space.start)])
     if isinstance(space, spaces.MultiDiscrete):

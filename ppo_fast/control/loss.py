@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.dispatch import current_backend
 from ppo_fast.distributions import Categorical, DiagGaussian, Parameters
+from ppo_fast.functional._terms import Terms
 from ppo_fast.functional.mlp import ACTIVATIONS, Layer, mlp_backward, mlp_forward
-from ppo_fast.models import ActorCritic, actor_of
+from ppo_fast.models import ActorCritic, VectorEncoder, actor_of
 from ppo_fast.results import PPOLoss
 from ppo_fast.rollout import Batch
 from ppo_fast.tree import Tree
@@ -48,29 +50,65 @@ class ExplicitLoss:
         self.policy = policy
         self.distribution = distribution
         self.options = options
+        self.features = _features(policy)
         self.actor, self.critic = _layers(policy.actor_net), _layers(policy.critic_net)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> PPOLoss:
         """Return the loss, detached, and leave its gradient in the parameters' `grad`."""
         policy, activation = self.policy, self.policy.activation
-        features = policy.encoder(batch.inputs)
+        features = self.features(batch.inputs)
         actor = mlp_forward(features, self.actor, activation)
         critic = mlp_forward(features, self.critic, activation)
-        outputs, values = actor[-1].requires_grad_(), critic[-1].requires_grad_()
-        inputs: list[Tensor] = [outputs, values]
-        if policy.log_std is not None:
-            inputs.append(policy.log_std)
-        with torch.enable_grad():
-            parameters = outputs if policy.log_std is None else (outputs, policy.log_std)
-            result = _loss(self.distribution, self.options, batch, parameters, values.view(-1))
-            gradients = torch.autograd.grad(result.loss, inputs)
+        outputs, values = actor[-1], critic[-1].view(-1)
+        if outputs.is_cpu and current_backend() in ("auto", "reference"):
+            result, gradients = self._reference(batch, outputs, values)
+        else:
+            result, gradients = self._dispatched(batch, outputs, values)
         mlp_backward(gradients[0], actor, self.actor, activation)
-        mlp_backward(gradients[1], critic, self.critic, activation)
+        mlp_backward(gradients[-1].unsqueeze(1), critic, self.critic, activation)
         if policy.log_std is not None:
             assert policy.log_std.grad is not None
-            policy.log_std.grad.copy_(gradients[2])
-        return PPOLoss(result.loss.detach(), result.stats)
+            policy.log_std.grad.copy_(gradients[1])
+        return result
+
+    def _parameters(self, outputs: Tensor) -> Parameters:
+        log_std = self.policy.log_std
+        return outputs if log_std is None else (outputs, log_std)
+
+    def _reference(
+        self, batch: Batch, outputs: Tensor, values: Tensor
+    ) -> tuple[PPOLoss, tuple[Tensor, ...]]:
+        """The reference itself: on small batches the op's autograd node costs a sixth of it."""
+        terms = Terms(
+            old_log_probs=batch.log_probs,
+            advantages=batch.advantages,
+            values=values,
+            old_values=batch.values,
+            returns=batch.returns,
+            ref_log_probs=None,
+            mask=batch.mask,
+            weights=batch.weights,
+            kl_coef=0.0,
+            kl_estimator="k3",
+            normalizer=None,
+            **self.options(),
+        )
+        parameters = self._parameters(outputs)
+        return self.distribution.gradients(parameters, batch.actions, batch.action_mask, terms)
+
+    def _dispatched(
+        self, batch: Batch, outputs: Tensor, values: Tensor
+    ) -> tuple[PPOLoss, tuple[Tensor, ...]]:
+        """The op by the backend in force, its kernel on a GPU."""
+        inputs = [outputs.requires_grad_(), values.requires_grad_()]
+        if self.policy.log_std is not None:
+            inputs.insert(1, self.policy.log_std)
+        with torch.enable_grad():
+            parameters = self._parameters(outputs)
+            result = _loss(self.distribution, self.options, batch, parameters, values)
+            gradients = torch.autograd.grad(result.loss, inputs)
+        return PPOLoss(result.loss.detach(), result.stats), gradients
 
 
 def make_loss(
@@ -107,14 +145,28 @@ def make_actor(policy: nn.Module) -> Callable[[Tree], Parameters]:
     if why_not_explicit(policy) is not None:
         return lambda obs: actor_of(policy, obs)
     assert isinstance(policy, ActorCritic)
-    layers, activation, encoder = _layers(policy.actor_net), policy.activation, policy.encoder
+    layers, activation, features = _layers(policy.actor_net), policy.activation, _features(policy)
     log_std = None if policy.log_std is None else policy.log_std.detach()
 
     def act(obs: Tree) -> Parameters:
-        outputs = mlp_forward(encoder(obs), layers, activation)[-1]
+        outputs = mlp_forward(features(obs), layers, activation)[-1]
         return outputs if log_std is None else (outputs, log_std)
 
     return act
+
+
+def _features(policy: ActorCritic) -> Callable[[Tree], Tensor]:
+    """The encoder, or nothing where observations are float vectors already."""
+    encoders = list(policy.encoder.encoders)
+    lone = encoders[0] if len(encoders) == 1 else None
+    if isinstance(lone, VectorEncoder) and lone.is_plain:
+        return _as_is
+    return policy.encoder
+
+
+def _as_is(obs: Tree) -> Tensor:
+    assert isinstance(obs, Tensor)
+    return obs
 
 
 def _layers(net: nn.Sequential) -> list[Layer]:

@@ -233,6 +233,25 @@ def ppo_loss_from_logits(
     return assemble(part, count, inv_n, t, gradients)
 
 
+def categorical_gradients(
+    logits: Tensor,
+    actions: Tensor,
+    head_sizes: tuple[int, ...] | None,
+    action_mask: Tensor | None,
+    t: Terms,
+) -> tuple[PPOLoss, Tensor, Tensor]:
+    """`ppo_loss_from_logits` for callers without autograd: (result, d / d logits, d / d values).
+
+    Call it under `torch.no_grad()`, with arguments known to be right and with `t.values`.
+    """
+    policy = _categorical.check(logits, actions, head_sizes, action_mask, 1.0)
+    rows, count, inv_n = to_rows("ppo_loss_from_logits", t, logits.shape[:-1], torch.float32)
+    part, grad_logits = _categorical.sweep(policy, rows, t, torch.float32, True)
+    result = assemble(part, count, inv_n, t, ())
+    assert grad_logits is not None and part.grad_values is not None
+    return result, grad_logits.mul_(inv_n), part.grad_values.mul_(inv_n)
+
+
 @accelerated
 def ppo_loss_from_gaussian(
     mean: Tensor,
@@ -321,3 +340,21 @@ def ppo_loss_from_gaussian(
         )
     gradients = [(mean, grad_mean), (log_std, grad_log_std), (values, part.grad_values)]
     return assemble(part, count, inv_n, t, gradients)
+
+
+def gaussian_gradients(
+    mean: Tensor, log_std: Tensor, actions: Tensor, squash: bool, t: Terms
+) -> tuple[PPOLoss, Tensor, Tensor, Tensor]:
+    """`ppo_loss_from_gaussian` for callers without autograd, as `categorical_gradients`.
+
+    Returns the result, d / d mean, d / d log_std and d / d values.
+    """
+    rows, count, inv_n = to_rows("ppo_loss_from_gaussian", t, mean.shape[:-1], torch.float32)
+    policy = _gaussian.evaluate(mean, log_std, actions, squash, rows.drop, torch.float32)
+    part = surrogate(policy.log_probs, policy.entropy, rows, t)
+    grad_mean, grad_log_std = _gaussian.gradient(
+        policy, part.grad_log_probs, row_ent_coef(rows, t), squash
+    )
+    result = assemble(part, count, inv_n, t, ())
+    assert part.grad_values is not None
+    return result, grad_mean * inv_n, grad_log_std * inv_n, part.grad_values.mul_(inv_n)

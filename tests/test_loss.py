@@ -1,0 +1,171 @@
+"""The explicit gradient equals autograd's, for every head, activation and option."""
+
+import pytest
+import torch
+from gymnasium import spaces
+
+from ppo_fast.control.loss import (
+    AutogradLoss,
+    ExplicitLoss,
+    make_actor,
+    make_loss,
+    why_not_explicit,
+)
+from ppo_fast.dispatch import backend
+from ppo_fast.distributions import distribution_for
+from ppo_fast.models import ActorCritic, actor_of
+from ppo_fast.rollout import Batch
+from ppo_fast.update import FlatAdam
+
+M = 48
+OBSERVATIONS = spaces.Box(-1, 1, (5,), dtype="float32")
+ACTIONS = {
+    "discrete": spaces.Discrete(4),
+    "multi": spaces.MultiDiscrete([2, 3, 4]),
+    "box": spaces.Box(-1, 1, (3,), dtype="float32"),
+}
+OPTIONS = {
+    "clip_coef": 0.2,
+    "clip_coef_high": 0.3,
+    "dual_clip": 3.0,
+    "vf_coef": 0.7,
+    "vf_clip_coef": 0.1,
+    "vf_clip": "max",
+    "ent_coef": 0.02,
+    "old_kl_coef": 0.1,
+    "norm_adv": True,
+}
+
+
+def setup(action="discrete", activation="tanh", hidden=(16, 8), squash=False, masked=False, seed=0):
+    torch.manual_seed(seed)
+    distribution = distribution_for(ACTIONS[action], squash)
+    policy = ActorCritic({"": OBSERVATIONS}, distribution, hidden, activation)
+    for parameter in policy.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    optimizer = FlatAdam(policy.parameters(), 1e-3)
+    obs = torch.randn(M, 5)
+    generator = torch.Generator().manual_seed(seed)
+    action_mask = None
+    if masked and action != "box":
+        action_mask = torch.rand(M, distribution.num_outputs) < 0.7
+        for head in action_mask.split(distribution.head_sizes, 1):
+            head[:, 0] = True
+    with torch.no_grad():
+        parameters, values = policy(obs)
+        noise = distribution.noise((M,), torch.device("cpu"), generator)
+        actions = distribution.sample(parameters, noise, action_mask)
+        log_probs = distribution.log_probs(parameters, actions, action_mask)
+    batch = Batch(
+        inputs=obs,
+        actions=actions,
+        log_probs=log_probs + 0.3 * torch.randn(M),
+        values=values + 0.2 * torch.randn(M),
+        advantages=torch.randn(M),
+        returns=values + torch.randn(M),
+        mask=torch.rand(M) < 0.8 if masked else None,
+        weights=torch.rand(M) if masked else None,
+        action_mask=action_mask,
+    )
+    return policy, distribution, optimizer, batch
+
+
+def gradient_of(policy):
+    return torch.cat([p.grad.reshape(-1) for p in policy.parameters()]).clone()
+
+
+@pytest.mark.parametrize("mode", ["auto", "dispatched"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("action", "activation", "hidden", "squash"),
+    [
+        ("discrete", "tanh", (16, 8), False),
+        ("discrete", "relu", (16,), False),
+        ("discrete", "elu", (16, 8, 8), False),
+        ("discrete", "tanh", (), False),
+        ("multi", "tanh", (16, 8), False),
+        ("box", "tanh", (16, 8), False),
+        ("box", "elu", (16,), True),
+    ],
+)
+def test_explicit_gradient_equals_autograd(
+    action, activation, hidden, squash, masked, mode, monkeypatch
+):
+    policy, distribution, optimizer, batch = setup(action, activation, hidden, squash, masked)
+    expected = AutogradLoss(policy, distribution, lambda: OPTIONS)(batch)
+    optimizer.zero_grad()
+    expected.loss.backward()
+    gradient = gradient_of(policy)
+    for parameter in policy.parameters():  # whatever was there must be overwritten
+        parameter.grad.fill_(float("nan"))
+    explicit = ExplicitLoss(policy, distribution, lambda: OPTIONS)
+    if mode == "dispatched":
+        monkeypatch.setattr(explicit, "_reference", explicit._dispatched)
+    result = explicit(batch)
+    assert not result.loss.requires_grad
+    torch.testing.assert_close(result.loss, expected.loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.stats, expected.stats, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient_of(policy), gradient, rtol=1e-4, atol=1e-6)
+    assert gradient.abs().max() > 1e-3
+
+
+def test_explicit_gradient_equals_autograd_in_float64():
+    policy, distribution, _, batch = setup()
+    ExplicitLoss(policy, distribution, lambda: OPTIONS)(batch)
+    gradient = gradient_of(policy)
+    double = ActorCritic({"": OBSERVATIONS}, distribution, (16, 8)).double()
+    double.load_state_dict(policy.state_dict())
+    features = batch.inputs.double()
+    logits, values = double.actor_net(features), double.critic_net(features).squeeze(-1)
+    AutogradLoss(lambda _: (logits, values), distribution, lambda: OPTIONS)(batch).loss.backward()
+    oracle = torch.cat([p.grad.reshape(-1) for p in double.parameters()])
+    error = (gradient - oracle).norm() / oracle.norm()
+    assert error < 2e-6
+
+
+def test_a_forced_backend_goes_through_the_op():
+    policy, distribution, _, batch = setup()
+    loss = ExplicitLoss(policy, distribution, lambda: OPTIONS)
+    with (
+        backend("triton"),
+        pytest.raises(RuntimeError, match="ppo_loss_from_logits: backend 'triton'"),
+    ):
+        loss(batch)
+
+
+def test_actor_of_a_rollout_equals_the_policys():
+    for action in ACTIONS:
+        policy, _, _, batch = setup(action)
+        with torch.no_grad():
+            got, want = make_actor(policy)(batch.inputs), actor_of(policy, batch.inputs)
+        torch.testing.assert_close(got, want if isinstance(got, torch.Tensor) else tuple(want))
+
+
+def test_it_follows_loaded_parameters():
+    policy, _, _, batch = setup()
+    act = make_actor(policy)
+    policy.load_state_dict({k: torch.zeros_like(v) for k, v in policy.state_dict().items()})
+    with torch.no_grad():
+        assert (act(batch.inputs) == 0).all()
+
+
+def test_policies_it_does_not_fit_take_autograd():
+    policy, distribution, _, _ = setup()
+    assert isinstance(make_loss(policy, distribution, dict), ExplicitLoss)
+    silu, _, _, _ = setup(activation="silu")
+    assert "silu" in why_not_explicit(silu)
+
+    class Own(ActorCritic):
+        pass
+
+    own = Own({"": OBSERVATIONS}, distribution)
+    assert "module of the user's own" in why_not_explicit(own)
+    images = {"": spaces.Box(0, 255, (36, 36, 3), dtype="uint8")}
+    assert "encoder has parameters" in why_not_explicit(ActorCritic(images, distribution))
+    policy.actor_net[0].weight.requires_grad_(False)
+    assert "frozen" in why_not_explicit(policy)
+    policy.actor_net[0].weight.requires_grad_(True)
+    handle = policy.critic_net.register_forward_hook(lambda *_: None)
+    assert "hooks" in why_not_explicit(policy)
+    handle.remove()
+    assert isinstance(make_loss(policy, distribution, dict), ExplicitLoss)
