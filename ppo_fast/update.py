@@ -7,6 +7,7 @@ one vector. On a CPU, where reading is free, the stop also ends the loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from ppo_fast.config import PPOConfig
 from ppo_fast.results import PPO_STATS, PPOLoss
 from ppo_fast.rollout import Batch
+
+Scalar = Tensor | float
 
 APPROX_KL = PPO_STATS.index("approx_kl")
 
@@ -69,45 +72,63 @@ class FlatAdam:
         for group in self._groups:
             group.gradients.zero_()
 
-    def step(self, veto: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Clip and step, unless `veto` (0-d bool) or a non-finite gradient forbids it.
+    def step(self, loss: Tensor, veto: Tensor | None = None) -> tuple[Scalar, Scalar]:
+        """Clip and step, unless the loss or a gradient is not finite, or `veto` forbids it.
+
+        A NaN loss may leave finite gradients, of the rows that were well; so it is asked too.
+
+        Args:
+            loss: 0-d.
+            veto: 0-d bool.
 
         Returns:
-            The gradient's global norm before clipping, 0-d float32, and whether it was finite,
-            0-d bool.
+            The gradient's global norm before clipping, and whether loss and gradient were finite:
+            0-d tensors, or numbers on a CPU.
         """
         norms = [_norm(group.gradients) for group in self._groups]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        finite = norm < float("inf")  # False for NaN too
-        forbidden = ~finite if veto is None else ~finite | veto
-        forbidden = forbidden.float()
-        scale = None
-        if self.max_grad_norm != float("inf"):
-            scale = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
+        if self.device.type == "cpu":
+            return self._step_on_cpu(float(norm), float(loss), veto)
+        finite = norm + loss.abs() < math.inf  # False for NaN too
+        forbidden = (~finite if veto is None else ~finite | veto).float()
+        scale = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
         for group in self._groups:
-            if scale is not None:
-                group.gradients.mul_(scale.to(group.gradients.dtype))
+            group.gradients.mul_(scale.to(group.gradients.dtype))
             group.steps.add_(1 - forbidden)
-            # torch.optim.Adam(fused=True) without its bookkeeping, which takes three times as long
-            # as the arithmetic on a small network. The kernel does nothing where found_inf is 1.
-            torch._fused_adam_(
-                [group.parameters],
-                [group.gradients],
-                [group.exp_avg],
-                [group.exp_avg_sq],
-                [],
-                [group.steps],
-                amsgrad=False,
-                lr=self.lr,
-                beta1=0.9,
-                beta2=0.999,
-                weight_decay=0.0,
-                eps=self.eps,
-                maximize=False,
-                grad_scale=None,
-                found_inf=forbidden,
-            )
+            self._adam(group, forbidden)
         return norm, finite
+
+    def _step_on_cpu(self, norm: float, loss: float, veto: Tensor | None) -> tuple[float, bool]:
+        """The same with numbers, which are free to read here and spare ten operations a step."""
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite and not (veto is not None and veto):
+            for group in self._groups:
+                if norm + 1e-6 > self.max_grad_norm:
+                    group.gradients.mul_(self.max_grad_norm / (norm + 1e-6))
+                group.steps.add_(1)
+                self._adam(group, None)
+        return norm, finite
+
+    def _adam(self, group: _Group, forbidden: Tensor | None) -> None:
+        # torch.optim.Adam(fused=True) without its bookkeeping, which takes three times as long as
+        # the arithmetic on a small network. The kernel does nothing where found_inf is 1.
+        torch._fused_adam_(
+            [group.parameters],
+            [group.gradients],
+            [group.exp_avg],
+            [group.exp_avg_sq],
+            [],
+            [group.steps],
+            amsgrad=False,
+            lr=self.lr,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+            grad_scale=None,
+            found_inf=forbidden,
+        )
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The live state, by checkpoint name: copy into these to restore."""
@@ -195,8 +216,8 @@ def ppo_update(
         stopped = torch.zeros((), dtype=torch.bool, device=optimizer.device)
     # One entry a minibatch; summed up once, after the last.
     stats: list[Tensor] = []
-    norms: list[Tensor] = []
-    stepped: list[Tensor] = []
+    norms: list[Scalar] = []
+    stepped: list[Scalar] = []
     going: list[Tensor] = []
     epochs: list[int] = []
     for epoch in range(config.update_epochs):
@@ -205,21 +226,17 @@ def ppo_update(
             result = loss(minibatch)
             if result.loss.requires_grad:
                 result.loss.backward()
-            kl = result.stats[APPROX_KL]
             if stopped is not None and config.target_kl is not None:
-                stopped = stopped | (kl > config.target_kl)
+                stopped = stopped | (result.stats[APPROX_KL] > config.target_kl)
             if config.adaptive_lr_kl is not None:
-                _adapt_learning_rate(optimizer.lr, kl, config.adaptive_lr_kl)
-            # A NaN loss may leave finite gradients, of the rows that were well.
-            known = result.loss.detach().abs() < float("inf")
-            norm, finite = optimizer.step(~known if stopped is None else stopped | ~known)
+                _adapt_learning_rate(optimizer.lr, result.stats[APPROX_KL], config.adaptive_lr_kl)
+            norm, finite = optimizer.step(result.loss.detach(), stopped)
             epochs.append(epoch)
             stats.append(result.stats)
             norms.append(norm)
-            finite = finite & known
             if stopped is not None:
                 going.append(~stopped)
-                finite = finite & going[-1]
+                finite = going[-1] & finite
             stepped.append(finite)
             if on_cpu and stopped is not None and stopped:
                 break
@@ -230,14 +247,14 @@ def ppo_update(
 
 def _summarise(
     stats: list[Tensor],
-    norms: list[Tensor],
-    stepped: list[Tensor],
+    norms: list[Scalar],
+    stepped: list[Scalar],
     going: list[Tensor],
     epochs: list[int],
     stopped: Tensor | None,
 ) -> UpdateStats:
-    used = torch.stack(stepped)
     rows = torch.stack(stats)
+    used = _column(stepped, rows.device)
     # Selected, not multiplied: a skipped minibatch's NaN must not hide what the others did.
     rows_used = torch.where(used.unsqueeze(1), rows, 0.0)
     steps = used.sum().float()
@@ -249,11 +266,16 @@ def _summarise(
         means=rows_used.sum(0) / at_least_one,
         first=rows[0],
         last_kl=kls.sum() / last.sum().clamp(min=1),
-        grad_norm=torch.where(used, torch.stack(norms), 0.0).sum() / at_least_one,
+        grad_norm=torch.where(used, _column(norms, rows.device), 0.0).sum() / at_least_one,
         steps=steps,
         skipped=(torch.stack(going).sum() if going else len(stats)) - steps,
         stopped=torch.zeros_like(steps) if stopped is None else stopped.float(),
     )
+
+
+def _column(entries: list[Scalar], device: torch.device) -> Tensor:
+    tensors = [entry for entry in entries if isinstance(entry, Tensor)]
+    return torch.stack(tensors) if tensors else torch.tensor(entries, device=device)
 
 
 def _adapt_learning_rate(lr: Tensor, kl: Tensor, desired: float) -> None:

@@ -165,7 +165,7 @@ def test_flat_parameters_stay_the_modules_own():
         assert (parameter == 0.5).all()
         assert parameter.grad is not None
         parameter.grad.fill_(1.0)
-    optimizer.step(torch.tensor(False))
+    optimizer.step(torch.tensor(1.0))
     assert all((p < 0.5).all() for p in net.parameters())
 
 
@@ -177,7 +177,7 @@ def test_mixed_dtypes_frozen_and_tied_parameters_are_taken():
     for parameter in net.parameters():
         if parameter.requires_grad:
             parameter.grad.fill_(2.0)
-    norm, finite = optimizer.step(torch.tensor(False))
+    norm, finite = optimizer.step(torch.tensor(1.0))
     count = sum(p.numel() for p in net.parameters() if p.requires_grad)
     assert finite and norm == pytest.approx(2 * count**0.5)
 

@@ -173,10 +173,11 @@ def _layers(net: nn.Sequential) -> list[Layer]:
     linears = [module for module in net if isinstance(module, nn.Linear)]
     layers = []
     for linear in linears:
-        weight, bias = linear.weight, linear.bias
-        if weight.grad is None or bias.grad is None:
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        grad_weight, grad_bias = linear.weight.grad, linear.bias.grad
+        if grad_weight is None or grad_bias is None:
             raise ValueError("the parameters have no gradients yet; make the optimizer first")
-        layers.append(Layer(weight.detach(), bias.detach(), weight.grad, bias.grad))
+        layers.append(Layer(weight, weight.t(), bias, grad_weight, grad_bias))
     return layers
 
 

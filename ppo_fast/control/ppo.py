@@ -253,10 +253,10 @@ class PPO:
                 f"PPO.load(path, {self.missing_schedules[0]}=...)"
             )
         self._loss = make_loss(self.policy, self.distribution, lambda: self._loss_options)
-        why = why_not_explicit(self.policy)
-        log.info("gradients by %s", "explicit backward" if why is None else f"autograd: {why}")
         self._start()
         self._open_folder()
+        why = why_not_explicit(self.policy)
+        log.info("gradients by %s", "explicit backward" if why is None else f"autograd: {why}")
         bar = self._progress_bar()
         threads = torch.get_num_threads()
         if self.device.type == "cpu":
