@@ -190,7 +190,9 @@ def machine_record() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "commit": _git("rev-parse", "--short", "--verify", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", ":!benchmarks/results", ":!README.md")
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 

@@ -185,3 +185,35 @@ def test_mixed_dtypes_frozen_and_tied_parameters_are_taken():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         FlatAdam(nn.Linear(2, 2).requires_grad_(False).parameters(), 1e-3)
+
+
+def test_steps_decided_by_tensors_equal_those_decided_by_numbers():
+    """On a GPU no number is read; the same arithmetic on CPU tensors stands in for it here."""
+    by_numbers, by_tensors = make_net(), make_net()
+    optimizers = [FlatAdam(net.parameters(), 1e-2) for net in (by_numbers, by_tensors)]
+    optimizers[1].device = torch.device("cuda")
+    calls = [
+        (1.0, 1.0, None),
+        (1.0, 100.0, False),  # clipped
+        (1.0, 1.0, True),  # vetoed
+        (float("nan"), 1.0, None),
+        (1.0, float("inf"), None),
+        (2.0, 0.01, False),
+    ]
+    moved = []
+    for loss, scale, veto in calls:
+        before = [p.clone() for p in by_tensors.parameters()]
+        outcomes = []
+        for net, optimizer in zip((by_numbers, by_tensors), optimizers, strict=True):
+            for number, parameter in enumerate(net.parameters()):
+                parameter.grad.fill_(scale * (number + 1))
+            flag = None if veto is None else torch.tensor(veto)
+            outcomes.append(optimizer.step(torch.tensor(loss), flag))
+        (norm, finite), (norm_tensor, finite_tensor) = outcomes
+        assert isinstance(norm_tensor, torch.Tensor) and bool(finite_tensor) == finite
+        assert float(norm_tensor) == pytest.approx(norm) or norm == float("inf")
+        for a, b in zip(by_numbers.parameters(), by_tensors.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+        pairs = zip(before, by_tensors.parameters(), strict=True)
+        moved.append(any(not torch.equal(a, b) for a, b in pairs))
+    assert moved == [True, True, False, False, False, True]

@@ -159,7 +159,7 @@ def _features(policy: ActorCritic) -> Callable[[Tree], Tensor]:
     """The encoder, or nothing where observations are float vectors already."""
     encoders = list(policy.encoder.encoders)
     lone = encoders[0] if len(encoders) == 1 else None
-    if isinstance(lone, VectorEncoder) and lone.is_plain:
+    if isinstance(lone, VectorEncoder) and lone.is_plain and policy.encoder.paths == [""]:
         return _as_is
     return policy.encoder
 

@@ -256,7 +256,7 @@ class PPO:
         self._start()
         self._open_folder()
         why = why_not_explicit(self.policy)
-        log.info("gradients by %s", "explicit backward" if why is None else f"autograd: {why}")
+        log.debug("gradients by %s", "explicit backward" if why is None else f"autograd: {why}")
         bar = self._progress_bar()
         threads = torch.get_num_threads()
         if self.device.type == "cpu":
