@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+CODE = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
 PACKAGES = ("torch", "triton", "numpy", "stable-baselines3", "torchrl", "trl", "verl", "gymnasium")
 
 
@@ -190,9 +191,8 @@ def machine_record() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "commit": _git("rev-parse", "--short", "--verify", "HEAD"),
-        "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--", ":!benchmarks/results", ":!README.md")
-        ),
+        # What a benchmark writes itself does not count.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE)),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
