@@ -662,3 +662,13 @@ def test_one_iteration_equals_a_plain_loop_on_the_same_rollout(env_id):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5, msg=name)
         moved = max(moved, float(ours.abs().max()))
     assert moved > 0
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    weights = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        weights.append(PPO("CartPole-v1", hidden_sizes=(256, 256)).policy.state_dict())
+    torch.set_num_threads(before)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

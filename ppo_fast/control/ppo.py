@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ class PPO:
         self.distribution = distribution_for(action_space, config.squash)
         self.device = self._choose_device()
         self.custom_policy = policy is not None
-        with torch.random.fork_rng(devices=[]):
+        # The QR decomposition behind orthogonal weights rounds differently on more threads.
+        with torch.random.fork_rng(devices=[]), _threads(1):
             torch.default_generator.manual_seed(config.seed)  # the CPU's alone
             self.policy = (policy if policy is not None else self._default_policy()).to(self.device)
         self.optimizer = FlatAdam(
@@ -660,6 +662,17 @@ class PPO:
         """Close the environments."""
         if self.envs is not None:
             self.envs.close()
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Use so many CPU threads within the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_fields(overrides: dict[str, Any]) -> None:
