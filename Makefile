@@ -13,7 +13,7 @@ help: ## list the targets
 train: $(VENV)/ready ## train CartPole-v1 until it is solved, into a new folder under runs/
 	$(BIN)/ppo-fast train CartPole-v1 --total-timesteps 100000 --stop-return 475 $(ARGS)
 
-test: $(VENV)/ready ## run the tests
+test: $(VENV)/ready-learn ## run the tests, those against the peers and their environments too
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/ready ## ruff check, ruff format --check and mypy

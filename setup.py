@@ -37,7 +37,7 @@ setup(
         "mujoco": ["gymnasium[mujoco]"],
         "envpool": ["envpool>=1.2"],
         "box2d": ["gymnasium[box2d]"],
-        "video": ["moviepy>=2"],
+        "video": ["moviepy>=2", "pygame>=2.1"],
     },
     entry_points={"console_scripts": ["ppo-fast = ppo_fast.cli:main"]},
 )
