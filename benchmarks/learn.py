@@ -179,6 +179,24 @@ class Results:
         atomic_write_text(self.path, f"{head}[\n{rows}\n ]\n}}\n")
 
 
+def shown_rows(targets: dict[str, Target], results: Results) -> list[Row]:
+    """Of every run by today's recipe on this machine, the row of these results, or else the newest."""
+    machine = results.record["machine"]
+    found: dict[tuple[str, int], Row] = {}
+    files = sorted(harness.RESULTS.glob("learn-*.json"), key=lambda file: file.stat().st_mtime)
+    for file in [*(f for f in files if f != results.path), results.path]:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["machine"]["cpu"] != machine["cpu"]:
+            continue
+        for row in record["rows"]:
+            target = targets.get(row["env"])
+            if target is None or row["timesteps"] != target.timesteps:
+                continue
+            if row["config"] == settings(row["env"], row["seed"]):
+                found[row["env"], row["seed"]] = {**row, "commit": record["machine"]["commit"]}
+    return sorted(found.values(), key=lambda row: (order(row["env"]), row["seed"]))
+
+
 def order(env_id: str) -> int:
     return list(TARGETS).index(env_id)
 
@@ -252,10 +270,11 @@ def table(rows: Sequence[Row], machine: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     cpu = f"{machine['cpu']}, {machine['cpu_count']} cores, one thread a run"
+    commits = " and ".join(sorted({row["commit"] for row in rows}))
     lines += [
         "",
-        f"Median (lowest to highest) over seeds; {cpu}; {machine['date']}, commit "
-        f"{machine['commit']}. Evaluated: the final policy, deterministic, {EPISODES} episodes a seed; "
+        f"Median (lowest to highest) over seeds; {cpu}; {machine['date']}, commit {commits}. "
+        f"Evaluated: the final policy, deterministic, {EPISODES} episodes a seed; "
         "the gate is for that return, but for CartPole-v1, which passes once the last 100 training "
         "episodes reach it. Steps and seconds to gate: when those episodes first did.",
     ]
@@ -335,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     failures = run_jobs(jobs, min(arguments.jobs, len(jobs)), done) if jobs else []
     # The table keeps the environments that were not asked for.
-    rows = results.matching({**TARGETS, **chosen})
+    rows = shown_rows({**TARGETS, **chosen}, results)
     picture = results.path.with_suffix(".png")
     draw(rows, picture)
     text = table(rows, results.record["machine"])
