@@ -1,4 +1,4 @@
-"""`gae` on the CPU, one thread, against Stable-Baselines3 and torchrl: `python bench_gae.py`.
+"""`gae` on the CPU against Stable-Baselines3 and torchrl: `python bench_gae.py`.
 
 Each peer gets the batch in its own layout beforehand, so that only its scan is timed. Every arm is
 checked against float64 first; 1 % of the rows end an episode.
@@ -127,8 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="write a file under results/")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
     rows = []
@@ -143,10 +144,11 @@ def main() -> None:
         for peer in ("stable-baselines3", "torchrl"):
             if not any(peer in name for name in arms):
                 found.append({"shape": f"[{T}, {N}]", "case": f"{peer}: absent"})
-        print_table(found, f"T={T}, N={N}, CPU, 1 thread")
+        print_table(found, f"T={T}, N={N}, CPU, {arguments.threads} threads")
         rows += found
     if arguments.json:
-        print(f"\nwrote {write_results('gae', rows)}")
+        name = "gae" if arguments.threads == 1 else f"gae_{arguments.threads}_threads"
+        print(f"\nwrote {write_results(name, rows)}")
 
 
 if __name__ == "__main__":
