@@ -262,10 +262,10 @@ class PPO:
         bar = self._progress_bar()
         threads = torch.get_num_threads()
         if self.device.type == "cpu":
-            torch.set_num_threads(config.torch_threads or self._fitting_threads(threads))
+            threads = config.torch_threads or self._fitting_threads(threads)
         interrupt = DeferredInterrupt()
         try:
-            with interrupt:
+            with _threads(threads), interrupt:
                 while self.learn_done < self.learn_total:
                     before = self.learn_done
                     try:
@@ -296,7 +296,6 @@ class PPO:
                     if stop:
                         break
         finally:
-            torch.set_num_threads(threads)
             if bar is not None:
                 bar.close()
             if self._folder is not None:
