@@ -14,6 +14,9 @@ The order of authority: `with ppo_fast.backend("...")`, then `PPO_FAST_BACKEND`,
 A forced backend that cannot run raises, and an error inside a twin propagates: nothing falls back in
 silence. A twin may carry `twin.unsupported(*args, **kwargs) -> str | None`, called with the op's own
 arguments, to name what it does not handle.
+
+Bad input is refused in one place for both: the op's `validate`, which the reference calls itself and
+which runs here before the twin.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -121,28 +124,38 @@ class Accelerated(Generic[P, R]):
         reference: the plain-PyTorch definition.
         kernel: its Triton twin, or None.
         no_kernel: why `kernel` is None; empty otherwise.
+        validate: raises on arguments the op does not take; called before `kernel`.
     """
 
     def __init__(
-        self, reference: Callable[P, R], kernel: Callable[P, R] | None, no_kernel: str = ""
+        self,
+        reference: Callable[P, R],
+        kernel: Callable[P, R] | None,
+        no_kernel: str = "",
+        validate: Callable[..., None] | None = None,
     ) -> None:
         functools.update_wrapper(self, reference)
         self.__name__: str = reference.__name__
         self.reference = reference
         self.kernel = kernel
         self.no_kernel = no_kernel
+        self.validate = validate
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that the backend in force names; see the module's text."""
         mode = current_backend()
         if mode == "reference" or (mode == "auto" and self.kernel is None):
             return self.reference(*args, **kwargs)
+        if mode == "auto" and not all(t.is_cuda for t in _tensors((args, kwargs))):
+            return self.reference(*args, **kwargs)
+        if self.validate is not None:
+            self.validate(*args, **kwargs)
         why_not = self.why_not_kernel(*args, **kwargs)
         if mode == "auto":
-            if why_not is None and all(t.is_cuda for t in _tensors((args, kwargs))):
-                assert self.kernel is not None
-                return self.kernel(*args, **kwargs)
-            return self.reference(*args, **kwargs)
+            if why_not is not None:
+                return self.reference(*args, **kwargs)
+            assert self.kernel is not None
+            return self.kernel(*args, **kwargs)
         if why_not is not None:
             raise RuntimeError(
                 f"{self.__name__}: backend {mode!r} was asked for, but {why_not}; "
@@ -180,15 +193,40 @@ class Accelerated(Generic[P, R]):
         return mode, "forced"
 
 
-def accelerated(reference: Callable[P, R]) -> Accelerated[P, R]:
+@overload
+def accelerated(reference: Callable[P, R], /) -> Accelerated[P, R]: ...
+
+
+@overload
+def accelerated(
+    *, validate: Callable[..., None]
+) -> Callable[[Callable[P, R]], Accelerated[P, R]]: ...
+
+
+def accelerated(
+    reference: Callable[P, R] | None = None, /, *, validate: Callable[..., None] | None = None
+) -> Accelerated[P, R] | Callable[[Callable[P, R]], Accelerated[P, R]]:
     """Bind an op to its same-named Triton twin; see the module's text for the rules.
 
     The twin is looked up here, once: an import inside the op would break
     `torch.compile(fullgraph=True)`.
 
+    Args:
+        reference: the plain-PyTorch op; `@accelerated` stands bare above it.
+        validate: called with the op's arguments before the twin; raises where they do not fit. The
+            reference calls it too.
+
     Raises:
         TypeError: the twin's signature differs from the reference's.
     """
+    if reference is None:
+        return functools.partial(_accelerate, validate=validate)
+    return _accelerate(reference, validate=validate)
+
+
+def _accelerate(
+    reference: Callable[P, R], validate: Callable[..., None] | None
+) -> Accelerated[P, R]:
     kernel, why = _bind_twin(reference)
     if kernel is not None:
         ours = [
@@ -200,7 +238,7 @@ def accelerated(reference: Callable[P, R]) -> Accelerated[P, R]:
                 f"{reference.__name__}: the kernel's signature {inspect.signature(kernel)} differs "
                 f"from the reference's {inspect.signature(reference)}"
             )
-    return Accelerated(reference, kernel, why)
+    return Accelerated(reference, kernel, why, validate)
 
 
 def _check(

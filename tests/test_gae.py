@@ -331,7 +331,7 @@ def test_an_input_that_requires_grad_is_refused_unless_grad_mode_is_off():
         ({"truncated": torch.zeros(4, 2).bool()}, r"truncated is given without bootstrap_values"),
         ({"bootstrap_values": torch.zeros(4, 2)}, r"bootstrap_values is given without truncated"),
         ({"gamma": 1.5}, r"gamma is 1.5; it must lie in \[0, 1\]"),
-        ({"gae_lambda": torch.zeros(2)}, r"gae_lambda is a tensor of shape \[2\]"),
+        ({"gae_lambda": torch.zeros(3)}, r"gae_lambda is a tensor of shape \[3\]"),
         ({"values": torch.zeros(4, 2, device="meta")}, r"values is on meta, rewards is on cpu"),
         ({"gamma": torch.tensor(0.9, requires_grad=True)}, r"gamma requires grad"),
     ],

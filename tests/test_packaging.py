@@ -20,7 +20,7 @@ from ppo_fast.dispatch import Accelerated
 
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTIONAL = sorted(path.stem for path in (ROOT / "ppo_fast" / "functional").glob("[!_]*.py"))
-KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,8 @@ def test_a_wheel_ships_the_kernels_inside_the_package_only(tmp_path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ppo_fast"}
     code = {name for name in names if name.endswith(".py")}
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ppo_fast").rglob("*.py")}
-    kernels = {f"ppo_fast/kernels/{file}.py" for file in [*KERNELS, "probe"]}
+    kernels = {f"ppo_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels.add("ppo_fast/kernels/probe.py")
     assert code == files | kernels
     assert "ppo_fast/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)

@@ -14,9 +14,41 @@ from torch import Tensor
 
 from ppo_fast.dispatch import accelerated
 from ppo_fast.functional._scan import reverse_linear_scan_
+from ppo_fast.functional.whiten import moments
 
 
-@accelerated
+def _validate(
+    rewards: Tensor,
+    values: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    ratios: Tensor | None = None,
+    rho_clip: float | Tensor = 1.0,
+    c_clip: float | Tensor = 1.0,
+    with_moments: bool = False,
+) -> None:
+    if rewards.ndim != 2:
+        raise ValueError(f"gae: rewards is {list(rewards.shape)}; it must be [T, N], time first")
+    _check(
+        "gae",
+        rewards,
+        "[T, N]",
+        {"values": values, "bootstrap_values": bootstrap_values, "ratios": ratios},
+        {"terminated": terminated, "truncated": truncated, "mask": mask},
+        {"gamma": gamma, "gae_lambda": gae_lambda},
+        {"rho_clip": rho_clip, "c_clip": c_clip},
+        rewards.shape[1],
+    )
+    _check_next_value("gae", next_value, rewards, rewards.shape[1], "N")
+
+
+@accelerated(validate=_validate)
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -28,7 +60,11 @@ def gae(
     *,
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
-) -> tuple[Tensor, Tensor]:
+    ratios: Tensor | None = None,
+    rho_clip: float | Tensor = 1.0,
+    c_clip: float | Tensor = 1.0,
+    with_moments: bool = False,
+) -> tuple[Tensor, ...]:
     """Generalized Advantage Estimation (Schulman et al. 2016, eq. 16, arXiv:1506.02438).
 
         delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
@@ -54,31 +90,36 @@ def gae(
         mask: [T, N] bool; False where a row is to be skipped. None skips no row. Skipped rows of
             the other arguments are never read.
         gamma: discount in [0, 1]; float or 0-d tensor.
-        gae_lambda: in [0, 1]; float or 0-d tensor.
+        gae_lambda: in [0, 1]; float, 0-d tensor, or [N] tensor with one lambda a column.
+        ratios: [T, N] floating, pi(a|s) / mu(a|s) of the policy learnt over the one that acted:
+            the V-trace correction (Espeholt et al. 2018, eq. 1, arXiv:1802.01561), which multiplies
+            delta_t by min(ratio_t, rho_clip) and the lambda of row t by min(ratio_t, c_clip).
+            `returns` are then v_s. None takes all as 1.
+        rho_clip, c_clip: positive; float or 0-d tensor.
+        with_moments: also return what whitening needs, from the same pass.
 
     Returns:
         advantages, returns: [T, N] float32, or float64 where an input is; returns = advantages +
         values. A NaN or infinity that is read spreads to the earlier rows of its column.
+        With `with_moments` also [3]: count, mean and sum of squared deviations of the unmasked
+        advantages, as `masked_whiten` and the `ppo_loss` ops take them.
 
     Raises:
         ValueError: a shape, dtype, device or range that is not as above; one of `truncated` and
             `bootstrap_values` without the other; an input that requires grad in grad mode, as
             advantages are constants of the PPO loss.
     """
-    if rewards.ndim != 2:
-        raise ValueError(f"gae: rewards is {list(rewards.shape)}; it must be [T, N], time first")
-    _check(
-        "gae",
-        rewards,
-        "[T, N]",
-        {"values": values, "bootstrap_values": bootstrap_values},
-        {"terminated": terminated, "truncated": truncated, "mask": mask},
-        {"gamma": gamma, "gae_lambda": gae_lambda},
+    _validate(
+        *(rewards, values, next_value, terminated, truncated, bootstrap_values, mask),
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        ratios=ratios,
+        rho_clip=rho_clip,
+        c_clip=c_clip,
     )
-    _check_next_value("gae", next_value, rewards, rewards.shape[1], "N")
-    dtype = _result_dtype(rewards, values, next_value, bootstrap_values)
+    dtype = _result_dtype(rewards, values, next_value, bootstrap_values, ratios)
     if rewards.numel() == 0:
-        return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+        return _nothing(rewards, dtype, with_moments)
     rewards, values, next_value = rewards.to(dtype), values.to(dtype), next_value.to(dtype)
     deltas, discounts = _two_like(values)
     _set_discounts_(discounts, terminated, gamma)
@@ -94,10 +135,48 @@ def gae(
             _skip_unknown_(next_values, is_known)
         truncated = _put_bootstrap_(next_values, terminated, truncated, bootstrap_values)
         torch.addcmul(rewards, discounts, next_values, out=deltas)
-    return _finish(deltas, discounts, values, truncated, mask, gae_lambda)
+    clipped = None if ratios is None else (_clipped(ratios, rho_clip), _clipped(ratios, c_clip))
+    results = _finish(deltas, discounts, values, truncated, mask, gae_lambda, clipped)
+    return (*results, moments(results[0], mask)) if with_moments else results
 
 
-@accelerated
+def _validate_packed(
+    rewards: Tensor,
+    values: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    cu_seqlens: Tensor,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: float | Tensor,
+    gae_lambda: float | Tensor,
+    ratios: Tensor | None = None,
+    rho_clip: float | Tensor = 1.0,
+    c_clip: float | Tensor = 1.0,
+    with_moments: bool = False,
+) -> None:
+    if rewards.ndim != 1:
+        raise ValueError(
+            f"gae_packed: rewards is {list(rewards.shape)}; it must be [total], the tokens of all "
+            "sequences end to end (use gae for [T, N])"
+        )
+    _check_cu_seqlens(cu_seqlens, rewards)
+    _check(
+        "gae_packed",
+        rewards,
+        "[total]",
+        {"values": values, "bootstrap_values": bootstrap_values, "ratios": ratios},
+        {"terminated": terminated, "truncated": truncated, "mask": mask},
+        {"gamma": gamma, "gae_lambda": gae_lambda},
+        {"rho_clip": rho_clip, "c_clip": c_clip},
+        cu_seqlens.shape[0] - 1,
+    )
+    _check_next_value("gae_packed", next_value, rewards, cu_seqlens.shape[0] - 1, "num_seqs")
+
+
+@accelerated(validate=_validate_packed)
 def gae_packed(
     rewards: Tensor,
     values: Tensor,
@@ -110,7 +189,11 @@ def gae_packed(
     *,
     gamma: float | Tensor,
     gae_lambda: float | Tensor,
-) -> tuple[Tensor, Tensor]:
+    ratios: Tensor | None = None,
+    rho_clip: float | Tensor = 1.0,
+    c_clip: float | Tensor = 1.0,
+    with_moments: bool = False,
+) -> tuple[Tensor, ...]:
     """`gae` over sequences of different lengths laid end to end; no sum crosses their boundaries.
 
     Sequence i holds the tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`; it may be empty. Padding
@@ -127,34 +210,30 @@ def gae_packed(
         bootstrap_values: [total] floating, as in `gae`.
         mask: [total] bool; False where a token is skipped (a prompt's, a tool's).
         gamma: discount in [0, 1]; float or 0-d tensor.
-        gae_lambda: in [0, 1]; float or 0-d tensor.
+        gae_lambda: in [0, 1]; float, 0-d tensor, or [num_seqs] tensor with one a sequence (VAPO
+            lets it grow with the length, arXiv:2504.05118).
+        ratios, rho_clip, c_clip, with_moments: as in `gae`; ratios is [total].
 
     Returns:
         advantages, returns: [total] float32, or float64 where an input is; returns = advantages +
-        values. A NaN or infinity that is read spreads to every earlier token.
+        values. A NaN or infinity that is read spreads to earlier tokens, how far is not defined.
+        With `with_moments` also [3], as in `gae`.
 
     Raises:
         ValueError: as `gae`; `cu_seqlens` is not as above.
     """
-    if rewards.ndim != 1:
-        raise ValueError(
-            f"gae_packed: rewards is {list(rewards.shape)}; it must be [total], the tokens of all "
-            "sequences end to end (use gae for [T, N])"
-        )
-    _check(
-        "gae_packed",
-        rewards,
-        "[total]",
-        {"values": values, "bootstrap_values": bootstrap_values},
-        {"terminated": terminated, "truncated": truncated, "mask": mask},
-        {"gamma": gamma, "gae_lambda": gae_lambda},
+    _validate_packed(
+        *(rewards, values, next_value, terminated, cu_seqlens, truncated, bootstrap_values, mask),
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        ratios=ratios,
+        rho_clip=rho_clip,
+        c_clip=c_clip,
     )
     total = rewards.shape[0]
-    _check_cu_seqlens(cu_seqlens, rewards)
-    _check_next_value("gae_packed", next_value, rewards, cu_seqlens.shape[0] - 1, "num_seqs")
-    dtype = _result_dtype(rewards, values, next_value, bootstrap_values)
+    dtype = _result_dtype(rewards, values, next_value, bootstrap_values, ratios)
     if total == 0:
-        return torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+        return _nothing(rewards, dtype, with_moments)
     values = values.to(dtype)
 
     # An empty sequence has no last token: its entry goes to a spare slot behind all tokens.
@@ -169,7 +248,21 @@ def gae_packed(
     discounts = torch.empty_like(values)
     _set_discounts_(discounts, terminated, gamma)
     deltas = torch.addcmul(rewards.to(dtype), discounts, next_values, out=next_values)
-    return _finish(deltas, discounts, values, truncated, mask, gae_lambda, is_last)
+    if isinstance(gae_lambda, Tensor) and gae_lambda.ndim == 1:
+        owner = torch.bucketize(torch.arange(total, device=rewards.device), ends, right=True)
+        gae_lambda = gae_lambda[owner]
+    clipped = None if ratios is None else (_clipped(ratios, rho_clip), _clipped(ratios, c_clip))
+    results = _finish(deltas, discounts, values, truncated, mask, gae_lambda, clipped, is_last)
+    return (*results, moments(results[0], mask)) if with_moments else results
+
+
+def _nothing(rewards: Tensor, dtype: torch.dtype, with_moments: bool) -> tuple[Tensor, ...]:
+    empty = torch.empty_like(rewards, dtype=dtype), torch.empty_like(rewards, dtype=dtype)
+    return (*empty, empty[0].new_zeros(3)) if with_moments else empty
+
+
+def _clipped(ratios: Tensor, limit: float | Tensor) -> Tensor:
+    return ratios.clamp(max=limit)
 
 
 def _two_like(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,17 +304,22 @@ def _finish(
     truncated: Tensor | None,
     mask: Tensor | None,
     gae_lambda: float | Tensor,
+    clipped: tuple[Tensor, Tensor] | None = None,
     is_last: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Turn r_t + gamma (1 - terminated_t) V(s'_t) and its discounts into advantages and returns.
 
-    `is_last` marks rows after which another sequence begins; the last row of all needs no mark.
-    `deltas` and `discounts` are overwritten and become the outputs.
+    `clipped` are the ratios under V-trace's rho and c. `is_last` marks rows after which another
+    sequence begins; the last row of all needs no mark. `deltas` and `discounts` are overwritten and
+    become the outputs.
     """
     deltas.sub_(values)
     decays = discounts.mul_(gae_lambda)
     if truncated is not None:
         decays.mul_(_bytes(~truncated))
+    if clipped is not None:
+        deltas.mul_(clipped[0])
+        decays.mul_(clipped[1])
     skipped = None if mask is None else ~mask
     if skipped is not None:
         # A skipped row hands on, undiscounted, what comes after it.
@@ -264,6 +362,8 @@ def _check(
     floats: dict[str, Tensor | None],
     flags: dict[str, Tensor | None],
     scalars: dict[str, float | Tensor],
+    limits: dict[str, float | Tensor],
+    columns: int,
 ) -> None:
     """Raise ValueError unless the arguments that share the shape of `rewards` fit together."""
     _check_floating(op, "rewards", rewards, rewards)
@@ -283,14 +383,14 @@ def _check(
             _raise_device(op, name, flag, rewards)
     for name, scalar in scalars.items():
         if isinstance(scalar, Tensor):
-            if scalar.ndim != 0:
-                raise ValueError(
-                    f"{op}: {name} is a tensor of shape {list(scalar.shape)}; it must be a float "
-                    "or a 0-d tensor"
-                )
-            _check_no_grad(op, name, scalar)
+            _check_scalar(op, name, scalar, columns if name == "gae_lambda" else None)
         elif not 0.0 <= scalar <= 1.0:
             raise ValueError(f"{op}: {name} is {scalar}; it must lie in [0, 1]")
+    for name, limit in limits.items():
+        if isinstance(limit, Tensor):
+            _check_scalar(op, name, limit, None)
+        elif not limit > 0.0:
+            raise ValueError(f"{op}: {name} is {limit}; it must be positive")
     if floats["bootstrap_values"] is None and flags["truncated"] is not None:
         raise ValueError(
             f"{op}: truncated is given without bootstrap_values; pass the values of the states the "
@@ -301,6 +401,16 @@ def _check(
             f"{op}: bootstrap_values is given without truncated; pass both, or neither where no "
             "episode was cut"
         )
+
+
+def _check_scalar(op: str, name: str, scalar: Tensor, columns: int | None) -> None:
+    if scalar.ndim != 0 and (columns is None or scalar.shape != (columns,)):
+        per_column = "" if columns is None else f" or [{columns}], one a column"
+        raise ValueError(
+            f"{op}: {name} is a tensor of shape {list(scalar.shape)}; it must be a float or a 0-d "
+            f"tensor{per_column}"
+        )
+    _check_no_grad(op, name, scalar)
 
 
 def _check_next_value(op: str, next_value: Tensor, rewards: Tensor, count: int, name: str) -> None:

@@ -80,3 +80,17 @@ def standardize(
     std = (deviation.square().sum() / (count - 1).clamp(min=1)).sqrt()
     alone = count < 2
     return torch.where(alone, x, deviation / (std + eps)), torch.where(alone, 0.0, mean)
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[3]: count, mean and sum of squared deviations of the unmasked entries, in the dtype of x."""
+    if mask is None:
+        deviation, mean = x - x.mean() if x.numel() else x, x.mean() if x.numel() else x.sum()
+        count = x.new_full((), x.numel())
+    else:
+        keep = mask.to(x.dtype)
+        count = keep.sum()
+        x = x.masked_fill(~mask, 0.0)
+        mean = x.sum() / count.clamp(min=1)
+        deviation = (x - mean) * keep
+    return torch.stack((count, mean, deviation.square().sum()))

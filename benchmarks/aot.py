@@ -1,0 +1,190 @@
+"""What the kernels cost, read off the compiler's output: no GPU needed.
+
+`launches` records the launches of a call instead of running them, so what is compiled here is what
+ships: the same tiles, warps and argument types, for the same shapes.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ppo_fast.dispatch import Accelerated
+from ppo_fast.kernels._launch import Launch, recorded
+
+SM90 = GPUTarget("cuda", 90, 32)
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": SM90,
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+class Loop(NamedTuple):
+    """Instructions between a label and the branch back to it; no other loop inside."""
+
+    opcodes: collections.Counter[str]
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.opcodes.values())
+
+    def count(self, *prefixes: str) -> int:
+        """How many opcodes begin with one of the prefixes."""
+        return sum(n for op, n in self.opcodes.items() if op.startswith(prefixes))
+
+
+class Compiled(NamedTuple):
+    """One kernel in one configuration for one NVIDIA target."""
+
+    kernel: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    opcodes: collections.Counter[str]
+    loops: list[Loop]
+
+    def count(self, *prefixes: str) -> int:
+        return sum(n for op, n in self.opcodes.items() if op.startswith(prefixes))
+
+    @property
+    def hot_loop(self) -> Loop | None:
+        """The innermost loop with the most instructions, or None."""
+        return max(self.loops, key=lambda loop: loop.instructions, default=None)
+
+
+def launches(op: Accelerated, *args: Any, **kwargs: Any) -> list[Launch]:
+    """The kernel launches of one forward and, where an input requires grad, one backward call.
+
+    The tensors may be on the CPU; nothing runs. Not under TRITON_INTERPRET=1, which leaves no
+    kernels to compile.
+    """
+    assert op.kernel is not None
+    with recorded() as found, torch.enable_grad():
+        result = op.kernel(*args, **kwargs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        roots = [x for x in outputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(x) for x in roots])
+    return list(found)
+
+
+def _argument(value: Any, specialise: bool) -> tuple[str, bool]:
+    """A value's type in a kernel's signature, and whether it is known to be a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPES[value.dtype], specialise and value.data_ptr() % 16 == 0
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, int):
+        wide = not -(2**31) <= value < 2**31
+        return "i64" if wide else "i32", specialise and value % 16 == 0
+    return "fp32", False
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
+    """What Triton would compile for a launch: its typed source and its options."""
+    kernel = launch.kernel
+    signature, constants, attributes = {}, {}, {}
+    options = {k: v for k, v in launch.meta.items() if k in OPTIONS}
+    by_name = {k: v for k, v in launch.meta.items() if k not in OPTIONS}
+    by_name |= dict(zip(kernel.arg_names, launch.args, strict=False))
+    for position, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = by_name.get(name, parameter.default) if name not in by_name else by_name[name]
+        specialise = not parameter.do_not_specialize
+        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if parameter.is_constexpr or value is None or (is_one and specialise):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name], divisible = _argument(value, specialise)
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Any:
+    """Compile a recorded launch; raises what the compiler raises."""
+    typed, options = source(launch)
+    return triton.compile(typed, target=target, options=options)
+
+
+def key(launch: Launch) -> str:
+    """Equal for launches that compile to the same code."""
+    typed, options = source(launch)
+    parts = (typed.name, typed.signature, typed.constants, typed.attrs, options)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def inspect(launch: Launch, target: GPUTarget = SM90) -> Compiled:
+    """Compile a recorded launch for an NVIDIA target and read its resources and machine code."""
+    compiled = compile_for(launch, target)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("--dump-resource-usage", file.name)
+        listing = _tool("-sass", file.name)
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    code = [
+        (int(address, 16), opcode, rest)
+        for address, opcode, rest in re.findall(
+            r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", listing
+        )
+    ]
+    while code and code[-1][1] in ("NOP", "BRA"):
+        code.pop()  # padding behind the end
+    return Compiled(
+        launch.kernel.__name__,
+        found["REG"],
+        found["STACK"],
+        found["LOCAL"],
+        compiled.metadata.shared,
+        collections.Counter(opcode for _, opcode, _ in code),
+        _loops(code),
+    )
+
+
+def _tool(*arguments: str) -> str:
+    command = [str(TOOLS / "cuobjdump"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _loops(code: list[tuple[int, str, str]]) -> list[Loop]:
+    """Innermost loops: ranges from a branch's target to the branch back to it."""
+    ranges = []
+    for address, opcode, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if opcode.startswith("BRA") and target and int(target.group(1), 16) <= address:
+            ranges.append((int(target.group(1), 16), address))
+    innermost = [
+        (start, end)
+        for start, end in ranges
+        if not any((s, e) != (start, end) and start <= s and e <= end for s, e in ranges)
+    ]
+    return [
+        Loop(collections.Counter(op for address, op, _ in code if start <= address <= end))
+        for start, end in innermost
+    ]

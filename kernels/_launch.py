@@ -1,0 +1,140 @@
+"""How every kernel here is launched, and how its arguments reach it.
+
+A twin never calls `kernel[grid](...)` itself: `launch` puts the call on the tensors' device, mends
+the interpreter's gaps, and can record calls instead of running them, which is how the
+ahead-of-time checks (`benchmarks/aot.py`) see the very configurations that ship.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 when this file was imported."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.0e38)
+"""Where a running maximum starts. Not -inf: the difference of two infinities is NaN."""
+
+
+class Launch(NamedTuple):
+    """One recorded call of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Collect the launches made inside the block instead of running them; outputs stay unwritten."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Run `kernel` on `grid` programs, on the device of its first tensor; an empty grid is no call.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        grid: number of programs along up to three axes. Rows belong on the first: the other two
+            end at 65535.
+        args: its positional arguments: tensors, ints, floats (read them by `number`), None.
+        meta: its constexpr arguments by name, and `num_warps`, `num_stages`.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, meta))
+        return
+    if INTERPRETED:
+        # The interpreter hands floats over as Python's, which have no dtype to ask for.
+        args = tuple(torch.tensor(x) if isinstance(x, float) else x for x in args)
+        kernel[grid](*args, **meta)
+        return
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    if device.index == torch.cuda.current_device():
+        kernel[grid](*args, **meta)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+
+
+@triton.jit
+def number(x):
+    """Read a hyper-parameter in a kernel: a float argument, or a pointer to a 0-d tensor's one."""
+    if x.dtype.is_ptr():
+        value = tl.load(x).to(tl.float32)
+    else:
+        value = x.to(tl.float32)
+    return value
+
+
+def as_number(x: float | Tensor | None) -> float | Tensor | None:
+    """A hyper-parameter as `number` takes it: an int would be specialised, and recompile at 1."""
+    return x if x is None or isinstance(x, Tensor) else float(x)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., V] as a view [M, V] with a contiguous last dimension, or as one copy where none exists."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
+
+
+def check_grad_once(op: str) -> None:
+    """Raise in a backward that is itself recorded (`create_graph=True`)."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{op}: its gradient is not differentiable, but create_graph=True asks for that; "
+            "use ppo_fast.backend('reference') or write it in torch operations"
+        )
+
+
+def _mend_interpreter() -> None:
+    """Let the interpreter take runtime loop bounds: triton 3.6 breaks on them with numpy 2.4.
+
+    Later versions squeeze the one-element array themselves (triton pull request 9172).
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+
+        def index(self: Any) -> int:
+            return int(self.handle.data.item())
+
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETED and triton.__version__.startswith(("3.4.", "3.5.", "3.6.")):
+    _mend_interpreter()
