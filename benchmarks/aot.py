@@ -105,6 +105,20 @@ def _argument(value: Any, specialise: bool) -> tuple[str, bool]:
     return "fp32", False
 
 
+def _typed(
+    value: Any, specialise: bool, key: Any, path: tuple[int, ...], constants: dict, attributes: dict
+) -> str:
+    """A value's type; what is known of it beyond that goes into `constants` and `attributes`."""
+    is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+    if value is None or (is_one and specialise):
+        constants[key] = value
+        return "constexpr"
+    name, divisible = _argument(value, specialise)
+    if divisible:
+        attributes[path] = [["tt.divisibility", 16]]
+    return name
+
+
 def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton would compile for a launch: its typed source and its options."""
     kernel = launch.kernel
@@ -116,13 +130,16 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
         name = parameter.name
         value = by_name.get(name, parameter.default) if name not in by_name else by_name[name]
         specialise = not parameter.do_not_specialize
-        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
-        if parameter.is_constexpr or value is None or (is_one and specialise):
+        if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value
-            continue
-        signature[name], divisible = _argument(value, specialise)
-        if divisible:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            types = []
+            for place, part in enumerate(value):
+                path = (position, place)
+                types.append(_typed(part, specialise, path, path, constants, attributes))
+            signature[name] = type(value)(*types)
+        else:
+            signature[name] = _typed(value, specialise, name, (position,), constants, attributes)
     return ASTSource(kernel, signature, constants, attributes), options
 
 

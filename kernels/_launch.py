@@ -56,7 +56,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         kernel: a `@triton.jit` function.
         grid: number of programs along up to three axes. Rows belong on the first: the other two
             end at 65535.
-        args: its positional arguments: tensors, ints, floats (read them by `number`), None.
+        args: its positional arguments: tensors, ints, floats (read them by `number`), None, and
+            named tuples of those.
         meta: its constexpr arguments by name, and `num_warps`, `num_stages`.
     """
     if 0 in grid:
@@ -66,8 +67,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     if INTERPRETED:
         # The interpreter hands floats over as Python's, which have no dtype to ask for.
-        args = tuple(torch.tensor(x) if isinstance(x, float) else x for x in args)
-        kernel[grid](*args, **meta)
+        kernel[grid](*map(_as_tensor, args), **meta)
         return
     device = next(x.device for x in args if isinstance(x, Tensor))
     if device.index == torch.cuda.current_device():
@@ -75,6 +75,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     else:
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
+
+
+def _as_tensor(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return type(x)(*map(_as_tensor, x))
+    return torch.tensor(x, device="cpu") if isinstance(x, float) else x
 
 
 @triton.jit

@@ -170,7 +170,10 @@ class Accelerated(Generic[P, R]):
         """Say why the twin cannot run this call, or None if it can."""
         if self.kernel is None:
             return self.no_kernel
-        on_gpu = [tensor.is_cuda for tensor in _tensors((args, kwargs))]
+        tensors = list(_tensors((args, kwargs)))
+        if len({tensor.device for tensor in tensors}) > 1:
+            return "its tensors are on different devices"
+        on_gpu = [tensor.is_cuda for tensor in tensors]
         if not all(on_gpu) and os.environ.get("TRITON_INTERPRET") != "1":
             if any(on_gpu):
                 return "its tensors are on different devices, some on a GPU and some not"

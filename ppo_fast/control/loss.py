@@ -91,6 +91,7 @@ class ExplicitLoss:
             weights=batch.weights,
             kl_coef=0.0,
             kl_estimator="k3",
+            advantage_moments=None,
             normalizer=None,
             **self.options(),
         )

@@ -14,29 +14,36 @@ Scalar = float | Tensor
 ADVANTAGE_EPS = 1e-8
 
 
+ROW_NAMES = (
+    *("old_log_probs", "advantages", "values", "old_values", "returns", "ref_log_probs"),
+    *("mask", "weights"),
+)
+
+
 class Terms(NamedTuple):
     """The arguments the `ppo_loss` ops have in common, under their public names."""
 
     old_log_probs: Tensor
     advantages: Tensor
-    values: Tensor | None
-    old_values: Tensor | None
-    returns: Tensor | None
-    ref_log_probs: Tensor | None
-    mask: Tensor | None
-    weights: Tensor | None
     clip_coef: Scalar
-    clip_coef_high: Scalar | None
-    dual_clip: Scalar | None
-    vf_coef: Scalar
-    vf_clip_coef: Scalar | None
-    vf_clip: str
-    ent_coef: Scalar
-    kl_coef: Scalar
-    kl_estimator: str
-    old_kl_coef: Scalar
-    norm_adv: bool
-    normalizer: Scalar | None
+    clip_coef_high: Scalar | None = None
+    dual_clip: Scalar | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+    vf_coef: Scalar = 0.5
+    vf_clip_coef: Scalar | None = None
+    vf_clip: str = "max"
+    ent_coef: Scalar = 0.0
+    ref_log_probs: Tensor | None = None
+    kl_coef: Scalar = 0.0
+    kl_estimator: str = "k3"
+    old_kl_coef: Scalar = 0.0
+    mask: Tensor | None = None
+    weights: Tensor | None = None
+    norm_adv: bool = False
+    advantage_moments: Tensor | None = None
+    normalizer: Scalar | None = None
 
 
 class Rows(NamedTuple):
@@ -88,6 +95,11 @@ def check_terms(op: str, t: Terms, *, entropy_given: bool) -> None:
         raise missing("kl_coef", "ref_log_probs")
     if is_on(t.ent_coef) and not entropy_given:
         raise missing("ent_coef", "entropy")
+    if t.advantage_moments is not None and t.advantage_moments.shape != (3,):
+        raise ValueError(
+            f"{op}: advantage_moments is {list(t.advantage_moments.shape)}; expected [3], count, mean "
+            "and sum of squared deviations as gae(..., with_moments=True) returns them"
+        )
     if t.vf_clip not in ("max", "clipped"):
         raise ValueError(f"{op}: vf_clip is {t.vf_clip!r}; expected 'max' or 'clipped'")
     if t.kl_estimator not in ("k1", "k2", "k3"):
@@ -101,6 +113,16 @@ def check_terms(op: str, t: Terms, *, entropy_given: bool) -> None:
             raise ValueError(f"{op}: {name} is {coef}; expected a number >= 0")
     if t.dual_clip is not None and not isinstance(t.dual_clip, Tensor) and not t.dual_clip > 1:
         raise ValueError(f"{op}: dual_clip is {t.dual_clip}; expected a number > 1, or None")
+
+
+def check_rows(op: str, t: Terms, shape: torch.Size) -> None:
+    """Raise where a tensor of the terms is not of `shape`, or the mask not bool."""
+    if t.mask is not None and t.mask.dtype != torch.bool:
+        raise ValueError(f"{op}: mask is {t.mask.dtype}; expected torch.bool, use mask.bool()")
+    for name in ROW_NAMES:
+        tensor = getattr(t, name)
+        if tensor is not None and tensor.shape != shape:
+            raise _misshapen(op, name, tensor, shape)
 
 
 def to_rows(
@@ -123,7 +145,10 @@ def to_rows(
         return vector if drop is None else vector.masked_fill(drop, 0.0)
 
     advantages = row("advantages", t.advantages)
-    if t.norm_adv:
+    if t.advantage_moments is not None:
+        advantages = _whitened_by(advantages, t.advantage_moments, ADVANTAGE_EPS)
+        advantages = advantages if drop is None else advantages.masked_fill(drop, 0.0)
+    elif t.norm_adv:
         advantages, _ = standardize(advantages, keep, count, ADVANTAGE_EPS)
     rows = Rows(
         row("old_log_probs", t.old_log_probs),
@@ -139,13 +164,23 @@ def to_rows(
     return rows, count, _reciprocal(count if t.normalizer is None else t.normalizer, dtype)
 
 
+def _whitened_by(x: Tensor, moments: Tensor, eps: float) -> Tensor:
+    count, mean, squares = moments.to(x.dtype).unbind()
+    whitened = (x - mean) / ((squares / (count - 1).clamp(min=1)).sqrt() + eps)
+    return torch.where(count < 2, x, whitened)
+
+
 def flat(op: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     if tensor.shape != shape:
-        raise ValueError(
-            f"{op}: {name} is {list(tensor.shape)}; expected {list(shape)}, one entry per log-prob "
-            "(broadcasting here would silently average over pairs); reshape it"
-        )
+        raise _misshapen(op, name, tensor, shape)
     return tensor if tensor.ndim == 1 else tensor.reshape(-1)
+
+
+def _misshapen(op: str, name: str, tensor: Tensor, shape: torch.Size) -> ValueError:
+    return ValueError(
+        f"{op}: {name} is {list(tensor.shape)}; expected {list(shape)}, one entry per log-prob "
+        "(broadcasting here would silently average over pairs); reshape it"
+    )
 
 
 def _reciprocal(n: Scalar, dtype: torch.dtype) -> Scalar:

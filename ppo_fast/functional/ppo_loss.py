@@ -6,6 +6,8 @@ and only scaled in the backward pass, so an update costs one sweep over the mini
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,67 @@ from ppo_fast.dispatch import accelerated
 from ppo_fast.functional import _categorical, _gaussian
 from ppo_fast.functional._rows import compute_dtype
 from ppo_fast.functional._surrogate import assemble, surrogate
-from ppo_fast.functional._terms import Scalar, Terms, check_terms, flat, row_ent_coef, to_rows
+from ppo_fast.functional._terms import (
+    Scalar,
+    Terms,
+    check_rows,
+    check_terms,
+    flat,
+    row_ent_coef,
+    to_rows,
+)
 from ppo_fast.results import PPOLoss
 
 
-@accelerated
+def _validate(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    **options: Any,
+) -> None:
+    op, t = "ppo_loss", Terms(old_log_probs, advantages, **options)
+    check_terms(op, t, entropy_given=entropy is not None)
+    check_rows(op, t, log_probs.shape)
+    if entropy is not None:
+        flat(op, "entropy", entropy, log_probs.shape)
+
+
+def _validate_from_logits(
+    logits: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    head_sizes: tuple[int, ...] | None = None,
+    action_mask: Tensor | None = None,
+    temperature: Scalar = 1.0,
+    **options: Any,
+) -> None:
+    op, t = "ppo_loss_from_logits", Terms(old_log_probs, advantages, **options)
+    check_terms(op, t, entropy_given=True)
+    _categorical.check(logits, actions, head_sizes, action_mask, temperature)
+    check_rows(op, t, logits.shape[:-1])
+
+
+def _validate_from_gaussian(
+    mean: Tensor,
+    log_std: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    squash: bool = False,
+    **options: Any,
+) -> None:
+    op, t = "ppo_loss_from_gaussian", Terms(old_log_probs, advantages, **options)
+    check_terms(op, t, entropy_given=True)
+    _gaussian.check(op, mean, log_std, actions)
+    check_rows(op, t, mean.shape[:-1])
+
+
+@accelerated(validate=_validate)
 def ppo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -41,6 +99,7 @@ def ppo_loss(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     norm_adv: bool = False,
+    advantage_moments: Tensor | None = None,
     normalizer: Scalar | None = None,
 ) -> PPOLoss:
     """PPO with clipped surrogate (Schulman et al. 2017, eq. 7 and 9, arXiv:1707.06347).
@@ -89,6 +148,9 @@ def ppo_loss(
             the means divide by. Fractions and ratio statistics are not weighted.
         norm_adv: whiten the advantages over the unmasked elements of this call, (A - mean) / (std
             + 1e-8) with the unbiased std; fewer than two elements stay as they are.
+        advantage_moments: [3], count, mean and sum of squared deviations to whiten the advantages by,
+            as `gae(..., with_moments=True)` returns them: over the whole batch rather than this
+            call, and without a pass over it. Takes the place of `norm_adv`.
         normalizer: what the means divide by instead of the count, for gradients over micro-batches
             that add up to those of the batch; 0 counts as 1.
 
@@ -123,6 +185,7 @@ def ppo_loss(
         kl_estimator=kl_estimator,
         old_kl_coef=old_kl_coef,
         norm_adv=norm_adv,
+        advantage_moments=advantage_moments,
         normalizer=normalizer,
     )
     check_terms(op, t, entropy_given=entropy is not None)
@@ -141,7 +204,7 @@ def ppo_loss(
     return assemble(part, count, inv_n, t, gradients)
 
 
-@accelerated
+@accelerated(validate=_validate_from_logits)
 def ppo_loss_from_logits(
     logits: Tensor,
     actions: Tensor,
@@ -168,6 +231,7 @@ def ppo_loss_from_logits(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     norm_adv: bool = False,
+    advantage_moments: Tensor | None = None,
     normalizer: Scalar | None = None,
 ) -> PPOLoss:
     """`ppo_loss` of a categorical policy, straight from its logits.
@@ -221,6 +285,7 @@ def ppo_loss_from_logits(
         kl_estimator=kl_estimator,
         old_kl_coef=old_kl_coef,
         norm_adv=norm_adv,
+        advantage_moments=advantage_moments,
         normalizer=normalizer,
     )
     check_terms(op, t, entropy_given=True)
@@ -252,7 +317,7 @@ def categorical_gradients(
     return result, grad_logits.mul_(inv_n), part.grad_values.mul_(inv_n)
 
 
-@accelerated
+@accelerated(validate=_validate_from_gaussian)
 def ppo_loss_from_gaussian(
     mean: Tensor,
     log_std: Tensor,
@@ -278,6 +343,7 @@ def ppo_loss_from_gaussian(
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     norm_adv: bool = False,
+    advantage_moments: Tensor | None = None,
     normalizer: Scalar | None = None,
 ) -> PPOLoss:
     """`ppo_loss` of a Gaussian policy with diagonal covariance.
@@ -327,6 +393,7 @@ def ppo_loss_from_gaussian(
         kl_estimator=kl_estimator,
         old_kl_coef=old_kl_coef,
         norm_adv=norm_adv,
+        advantage_moments=advantage_moments,
         normalizer=normalizer,
     )
     check_terms(op, t, entropy_given=True)

@@ -1,0 +1,423 @@
+"""The PPO mathematics of a row and its gradient, and the sums over rows, for the `ppo_loss` kernels.
+
+The twin of `ppo_fast/functional/_surrogate.py`: same terms, same edges, same order of statistics.
+Whoever computes log-probs calls `surrogate` for a block of rows, writes the block's sums by
+`store_sums`, and ends in `finish`: the program that draws the last ticket adds all sums up, in the
+order of the programs. Only the counting is atomic, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ppo_fast.kernels._launch import INTERPRETED, LOG2E, launch, number
+from ppo_fast.kernels._library import pack, unpack
+from ppo_fast.kernels._moments import folded, merged, moments_of, moments_of_parts, whitening
+
+Scalar = float | Tensor
+
+STATS = tl.constexpr(12)
+"""`len(ppo_fast.results.PPO_STATS)`."""
+LIMIT = tl.constexpr(20.0)
+"""|log ratio| is held below this: fp32 exp overflows at 88.7, and no update survives e^20."""
+ADVANTAGE_EPS = tl.constexpr(1e-8)
+ALL = tl.constexpr(tl.PropagateNan.ALL)
+
+WHITEN_IN_PLACE_ROWS = 16384
+"""Up to here each program takes the advantages' moments itself, which saves a launch."""
+
+
+class Rows(NamedTuple):
+    """Contiguous [M] tensors, one entry a row; None where the term takes no part."""
+
+    old_log_probs: Any
+    advantages: Any
+    new_values: Any
+    """`values` of the op: a Triton tuple has an attribute of that name already."""
+    old_values: Any
+    returns: Any
+    ref_log_probs: Any
+    mask: Any
+    weights: Any
+
+
+class Numbers(NamedTuple):
+    """Coefficients, as numbers or 0-d tensors; None where the term takes no part."""
+
+    clip_coef: Any
+    clip_coef_high: Any
+    dual_clip: Any
+    vf_coef: Any
+    vf_clip_coef: Any
+    ent_coef: Any
+    kl_coef: Any
+    old_kl_coef: Any
+    normalizer: Any
+
+
+@triton.jit
+def _load(row, at, inside, keep):
+    # A skipped row is fetched and dropped: predicated by a mask in memory, loads are 4 bytes wide.
+    x = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(keep, x, 0.0)
+
+
+@triton.jit
+def excess(x, exponential):
+    """exp(x) - 1 - x, by its series where the difference would cancel."""
+    series = 1.0 / 362880.0
+    series = series * x + 1.0 / 40320.0
+    series = series * x + 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = series * x + 0.5
+    return tl.where(tl.abs(x) < 0.5, series * x * x, exponential - 1.0 - x)
+
+
+@triton.jit
+def advantage_whitening(rows, moments, parts, M, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """`(shift, scale)` of the advantages. NORM: 0 none, 1 over all M here, 2 from [parts, 3]."""
+    shift, scale = 0.0, 1.0
+    if NORM == 1:
+        offset = tl.arange(0, BLOCK)
+        count = tl.zeros((BLOCK,), tl.float32)
+        mean = tl.zeros((BLOCK,), tl.float32)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, M, BLOCK):
+            inside = start + offset < M
+            keep = inside
+            if rows.mask is not None:
+                keep = tl.load(rows.mask + start + offset, mask=inside, other=False)
+            x = _load(rows.advantages, start + offset, inside, keep)
+            one = keep.to(tl.float32)
+            count, mean, squares = merged(count, mean, squares, one, x, one * 0.0)
+        total, middle, squared = moments_of_parts(count, mean, squares)
+        shift, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
+    elif NORM == 2:
+        total, middle, squared = folded(moments, parts, 256)
+        shift, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
+    return shift, scale
+
+
+@triton.jit
+def surrogate(
+    log_probs,  # [BLOCK] float32; anything finite where `keep` is False
+    at,  # [BLOCK]: the rows' numbers
+    inside,  # [BLOCK] bool: rows that exist
+    keep,  # [BLOCK] bool: rows that exist and are not masked
+    rows,
+    numbers,
+    shift,
+    scale,
+    VF_CLIPPED: tl.constexpr,
+    KL: tl.constexpr,
+):
+    """Per row: the terms of `PPO_STATS` (all but entropy and count), and n d loss / d of what.
+
+    Returns (policy_loss, value_loss, kl, old_kl, log_ratio, clipped, held, value_clipped, ratio,
+    deviation, grad_log_probs, grad_values, weight), [BLOCK] each. Loss terms and gradients are
+    weighted and 0 where `keep` is False; so are the statistics.
+    """
+    one = keep.to(tl.float32)
+    nothing = tl.zeros_like(log_probs)
+    weight = one
+    if rows.weights is not None:
+        weight = _load(rows.weights, at, inside, keep)
+
+    unlimited = tl.where(keep, log_probs, 0.0) - _load(rows.old_log_probs, at, inside, keep)
+    log_ratio = tl.clamp(unlimited, -LIMIT, LIMIT, propagate_nan=ALL)
+    within = (unlimited == log_ratio).to(tl.float32)
+    ratio = tl.exp2(log_ratio * LOG2E)
+    old_kl = excess(log_ratio, ratio)
+    ratio_minus_one = old_kl + log_ratio
+
+    neg_advantages = tl.where(keep, (shift - _load(rows.advantages, at, inside, keep)) * scale, 0.0)
+    low = number(numbers.clip_coef)
+    high = low
+    if numbers.clip_coef_high is not None:
+        high = number(numbers.clip_coef_high)
+    clipped_ratio = tl.clamp(ratio, 1.0 - low, 1.0 + high, propagate_nan=ALL)
+    unclipped_loss = neg_advantages * ratio
+    clipped_loss = neg_advantages * clipped_ratio
+    policy_loss = tl.maximum(unclipped_loss, clipped_loss, propagate_nan=ALL)
+    # Inside the range both branches are the same number, so ties belong to the unclipped one.
+    active = (clipped_loss <= unclipped_loss).to(tl.float32)
+    held = nothing
+    if numbers.dual_clip is not None:
+        ceiling = neg_advantages * number(numbers.dual_clip)
+        is_held = (neg_advantages > 0.0) & (policy_loss > ceiling)
+        policy_loss = tl.where(is_held, ceiling, policy_loss)
+        held = is_held.to(tl.float32)
+        active = active * (1.0 - held)
+    # Products rather than selections, so that a NaN shows in the gradient.
+    grad_log_probs = unclipped_loss * active
+    if numbers.old_kl_coef is not None:
+        grad_log_probs += number(numbers.old_kl_coef) * ratio_minus_one
+    grad_log_probs *= within
+
+    kl = nothing
+    if rows.ref_log_probs is not None:
+        gap = tl.where(keep, _load(rows.ref_log_probs, at, inside, keep) - log_probs, 0.0)
+        difference = tl.clamp(gap, -LIMIT, LIMIT, propagate_nan=ALL)
+        grad_kl = (gap == difference).to(tl.float32)
+        if KL == 1:
+            kl = -difference
+        elif KL == 2:
+            kl = 0.5 * difference * difference
+            grad_kl *= -difference
+        else:
+            kl = excess(difference, tl.exp2(difference * LOG2E))
+            grad_kl *= -(kl + difference)
+        if numbers.kl_coef is not None:
+            grad_log_probs += number(numbers.kl_coef) * grad_kl
+
+    value_loss, value_clipped, grad_values = nothing, nothing, nothing
+    if rows.new_values is not None:
+        values = _load(rows.new_values, at, inside, keep)
+        error = values - _load(rows.returns, at, inside, keep)
+        vf_coef = number(numbers.vf_coef)
+        if numbers.vf_clip_coef is None:
+            value_loss = 0.5 * error * error
+            grad_values = error * vf_coef
+        else:
+            limit = number(numbers.vf_clip_coef)
+            moved = values - _load(rows.old_values, at, inside, keep)
+            # Exactly 0 inside the range, so there both errors are one number.
+            beyond = moved - tl.clamp(moved, -limit, limit, propagate_nan=ALL)
+            clipped_error = error - beyond
+            value_clipped = (beyond != 0.0).to(tl.float32)
+            if VF_CLIPPED:
+                value_loss = 0.5 * clipped_error * clipped_error
+                grad_values = (error - error * value_clipped) * vf_coef
+            else:
+                size, clipped_size = tl.abs(error), tl.abs(clipped_error)
+                largest = tl.maximum(size, clipped_size, propagate_nan=ALL)
+                value_loss = 0.5 * largest * largest
+                grad_values = (size >= clipped_size).to(tl.float32) * error * vf_coef
+
+    return (
+        policy_loss * weight,
+        value_loss * weight,
+        kl * weight,
+        old_kl * weight,
+        log_ratio * one,
+        (clipped_ratio != ratio).to(tl.float32) * one,
+        held * one,
+        value_clipped * one,
+        ratio * one,
+        tl.abs(ratio_minus_one) * one,
+        grad_log_probs * weight,
+        grad_values * weight,
+        weight,
+    )
+
+
+@triton.jit
+def store_sums(partials, program, terms, entropy, keep, rows, numbers):
+    """Write a program's sums over its rows as row `program` of [programs, 16]."""
+    place = tl.arange(0, 16)
+    ratio = tl.sum(terms[8], 0)
+    # tl.max passes over NaN; 0 times the sum brings it back.
+    deviation = tl.max(terms[9], 0) + 0.0 * ratio
+    sums = tl.where(place == 0, tl.sum(terms[0], 0), 0.0)
+    sums = tl.where(place == 4, tl.sum(terms[3], 0), sums)
+    sums = tl.where(place == 5, -tl.sum(terms[4], 0), sums)
+    sums = tl.where(place == 6, tl.sum(terms[5], 0), sums)
+    sums = tl.where(place == 9, ratio, sums)
+    if rows.new_values is not None:
+        sums = tl.where(place == 1, tl.sum(terms[1], 0), sums)
+    if entropy is not None:
+        sums = tl.where(place == 2, tl.sum(entropy, 0), sums)
+    if rows.ref_log_probs is not None:
+        sums = tl.where(place == 3, tl.sum(terms[2], 0), sums)
+    if numbers.dual_clip is not None:
+        sums = tl.where(place == 7, tl.sum(terms[6], 0), sums)
+    if numbers.vf_clip_coef is not None:
+        sums = tl.where(place == 8, tl.sum(terms[7], 0), sums)
+    sums = tl.where(place == 10, deviation, sums)
+    sums = tl.where(place == 11, tl.sum(keep.to(tl.float32), 0), sums)
+    tl.store(partials + program.to(tl.int64) * 16 + place, sums)
+
+
+@triton.jit
+def finish(partials, ticket, programs, numbers, loss, stats, inv_n):
+    """Add up all programs' sums, in the program that comes last; the others do nothing."""
+    # All lanes have to have written their part before one of them says so.
+    tl.debug_barrier()
+    drawn = tl.atomic_add(ticket, 1, sem="acq_rel")
+    if drawn == programs - 1:
+        place = tl.arange(0, 16)
+        total = tl.zeros((16,), tl.float32)
+        largest = tl.zeros((16,), tl.float32)
+        for start in range(0, programs, 256):
+            program = start + tl.arange(0, 256)
+            at = partials + program.to(tl.int64)[:, None] * 16 + place[None, :]
+            # Past the first-level cache, which knows nothing of other programs' writes.
+            sums = tl.load(at, mask=(program < programs)[:, None], other=0.0, cache_modifier=".cg")
+            total += tl.sum(sums, 0)
+            largest = tl.maximum(largest, tl.max(sums, 0))
+        count = _entry(total, 11)
+        n = count
+        if numbers.normalizer is not None:
+            n = number(numbers.normalizer)
+        scale = 1.0 / tl.where(n == 0.0, 1.0, n)
+        means = total * scale
+        # The largest deviation; a NaN among them shows in the sum alone.
+        deviation = _entry(largest, 10) + 0.0 * _entry(total, 10)
+        value = _entry(means, 0)
+        if numbers.vf_coef is not None:
+            value += number(numbers.vf_coef) * _entry(means, 1)
+        if numbers.ent_coef is not None:
+            value -= number(numbers.ent_coef) * _entry(means, 2)
+        if numbers.kl_coef is not None:
+            value += number(numbers.kl_coef) * _entry(means, 3)
+        if numbers.old_kl_coef is not None:
+            value += number(numbers.old_kl_coef) * _entry(means, 4)
+        means = tl.where(place == 10, deviation, tl.where(place == 11, count, means))
+        tl.store(stats + place, means, mask=place < STATS)
+        tl.store(loss, value)
+        tl.store(inv_n, scale)
+        tl.store(ticket, 0)
+
+
+@triton.jit
+def _entry(x, number):
+    return tl.sum(tl.where(tl.arange(0, 16) == number, x, 0.0), 0)
+
+
+@triton.jit
+def whitening_kernel(advantages, mask, partials, M, BLOCK: tl.constexpr):
+    """The moments of BLOCK advantages a program, as a row of [programs, 3]."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < M
+    keep = inside
+    if mask is not None:
+        keep = tl.load(mask + at, mask=inside, other=False)
+    x = _load(advantages, at, inside, keep)
+    count, mean, squares = moments_of(x, keep.to(tl.float32), 0)
+    row = partials + tl.program_id(0) * 3
+    tl.store(row, count)
+    tl.store(row + 1, mean)
+    tl.store(row + 2, squares)
+
+
+class Packed(NamedTuple):
+    """The arguments the `ppo_loss` ops share, in the types an opaque op takes."""
+
+    rows: list[Tensor | None]
+    moments: Tensor | None
+    numbers: list[float]
+    tensors: list[Tensor | None]
+    vf_clipped: bool
+    kl: int
+    norm_adv: bool
+
+
+def packed(
+    *,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    ref_log_probs: Tensor | None,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    clip_coef: Scalar,
+    clip_coef_high: Scalar | None,
+    dual_clip: Scalar | None,
+    vf_coef: Scalar,
+    vf_clip_coef: Scalar | None,
+    vf_clip: str,
+    ent_coef: Scalar,
+    kl_coef: Scalar,
+    kl_estimator: str,
+    old_kl_coef: Scalar,
+    norm_adv: bool,
+    advantage_moments: Tensor | None,
+    normalizer: Scalar | None,
+) -> Packed:
+    """Lay the shared arguments out as [M] vectors (one copy each where not contiguous)."""
+
+    def on(coef: Scalar) -> Scalar | None:
+        return coef if isinstance(coef, Tensor) or coef else None
+
+    rows = Rows(
+        *(old_log_probs, advantages, values, None if vf_clip_coef is None else old_values),
+        *(returns, ref_log_probs, mask, weights),
+    )
+    scalars = Numbers(
+        *(clip_coef, clip_coef_high, dual_clip, None if values is None else vf_coef),
+        *(vf_clip_coef, on(ent_coef), on(kl_coef), on(old_kl_coef), normalizer),
+    )
+    numbers, tensors = pack(*scalars)
+    return Packed(
+        [None if row is None else row.detach().reshape(-1) for row in rows],
+        *(advantage_moments, numbers, tensors),
+        *(vf_clip == "clipped", int(kl_estimator[1]), norm_adv),
+    )
+
+
+class Prepared(NamedTuple):
+    """What every loss kernel is launched with, made of a `Packed` inside an opaque op."""
+
+    rows: Rows
+    numbers: Numbers
+    moments: Tensor | None
+    parts: int
+    meta: dict[str, Any]
+
+
+def prepared(
+    rows: Sequence[Tensor | None],
+    moments: Tensor | None,
+    numbers: Sequence[float],
+    tensors: Sequence[Tensor | None],
+    vf_clipped: bool,
+    kl: int,
+    norm_adv: bool,
+) -> Prepared:
+    """Undo `packed`; takes the advantages' moments by a launch of its own if they are many."""
+    named = Rows(*rows)
+    M = named.advantages.numel()
+    parts, norm = 1, 0
+    if moments is not None:
+        norm = 2
+    elif norm_adv and M <= WHITEN_IN_PLACE_ROWS:
+        norm = 1
+    elif norm_adv:
+        norm = 2
+        BLOCK = 4096 if M > 1 << 18 else 1024
+        parts = triton.cdiv(M, BLOCK)
+        moments = named.advantages.new_empty(parts, 3, dtype=torch.float32)
+        args = named.advantages, named.mask, moments, M
+        launch(whitening_kernel, (parts,), *args, BLOCK=BLOCK, num_warps=4)
+    meta = {"VF_CLIPPED": vf_clipped, "KL": kl, "NORM": norm}
+    return Prepared(named, Numbers(*unpack(numbers, tensors)), moments, parts, meta)
+
+
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def ticket_for(x: Tensor) -> Tensor:
+    """A zero that the programs of one launch at a time count on; the last one sets it back to 0.
+
+    One a stream, as launches on two streams may run at once; one a captured graph, likewise.
+    """
+    if INTERPRETED or not x.is_cuda:
+        return torch.zeros(1, dtype=torch.int32, device=x.device)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=x.device)
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream
+    ticket = _tickets.get(key)
+    if ticket is None:
+        ticket = _tickets[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return ticket
