@@ -1,4 +1,4 @@
-"""What the kernels cost, read off the compiler's output: no GPU needed.
+"""What the kernels cost, read off the compiler's output: no GPU needed. `python aot.py` writes docs.
 
 `launches` records the launches of a call instead of running them, so what is compiled here is what
 ships: the same tiles, warps and argument types, for the same shapes.
@@ -7,11 +7,16 @@ ships: the same tiles, warps and argument types, for the same shapes.
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
+import importlib
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -205,3 +210,107 @@ def _loops(code: list[tuple[int, str, str]]) -> list[Loop]:
         Loop(collections.Counter(op for address, op, _ in code if start <= address <= end))
         for start, end in innermost
     ]
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = ROOT / "tests" / "kernels"
+PAGE = ROOT / "docs" / "kernels.md"
+
+
+@functools.cache
+def case_modules() -> list[ModuleType]:
+    """The files that list the calls of each op, beside the kernels' tests."""
+    if str(CASES) not in sys.path:
+        sys.path.insert(0, str(CASES))
+    return [importlib.import_module(path.stem) for path in sorted(CASES.glob("cases_*.py"))]
+
+
+def op_file(module: ModuleType) -> str:
+    """Which file's ops a list of calls is about."""
+    return module.__name__.removeprefix("cases_")
+
+
+@functools.cache
+def shipped_cases() -> dict[str, Callable[[], Any]]:
+    """Calls that between them pick every configuration a kernel is launched in."""
+    return {
+        f"{op_file(module)}: {name}": case
+        for module in case_modules()
+        for name, case in module.AOT_CASES.items()
+    }
+
+
+@functools.cache
+def launches_of(name: str) -> list[Launch]:
+    """The launches of a shipped case."""
+    call = shipped_cases()[name]()
+    return launches(call.op, *call.args, **call.kwargs)
+
+
+_inspected: dict[str, Compiled] = {}
+
+
+def inspected(name: str) -> list[Compiled]:
+    """The compiled kernels of a shipped case, on sm_90; each configuration is compiled once."""
+    found = []
+    for launch in launches_of(name):
+        identity = key(launch)
+        if identity not in _inspected:
+            _inspected[identity] = inspect(launch)
+        found.append(_inspected[identity])
+    return found
+
+
+@functools.cache
+def first_launches() -> dict[str, Launch]:
+    """One launch of each kernel: its default configuration."""
+    first: dict[str, Launch] = {}
+    for name in shipped_cases():
+        for launch in launches_of(name):
+            first.setdefault(launch.kernel.__name__, launch)
+    return first
+
+
+def page() -> str:
+    """The text of docs/kernels.md."""
+    budgets = {
+        (f"{op_file(module)}: {b.case}", b.kernel): b
+        for module in case_modules()
+        for b in module.BUDGETS
+        if b.elements
+    }
+    lines = [
+        "# What the kernels compile to",
+        "",
+        "Written by `python benchmarks/aot.py`: every configuration that ships, compiled ahead of time "
+        f"for sm_90 (H100, H200) by triton {triton.__version__}, read from its machine code. No kernel has a "
+        "stack frame or spills to local memory. `tests/test_aot.py` holds each to its budget and "
+        "compiles the kernels for sm_80, sm_100 and gfx942 too.",
+        "",
+        "The hot loop is the innermost loop with the most instructions; instructions an element count "
+        "its loads, stores and addresses. How long a kernel takes: see the README; what no GPU run has "
+        "shown is not yet measured.",
+        "",
+        "| call | kernel | registers | shared bytes | 128-bit loads | hot loop: instructions | barriers, "
+        "shuffles in it | instructions an element |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    seen = set()
+    for name in shipped_cases():
+        for launch, found in zip(launches_of(name), inspected(name), strict=True):
+            if (key(launch), name) in seen:
+                continue
+            seen.add((key(launch), name))
+            loop = found.hot_loop
+            budget = budgets.get((name, found.kernel))
+            cells = [name, f"`{found.kernel}`", found.registers, found.shared, found.count("LDG.E.128")]
+            cells += [loop.instructions if loop else "-"]
+            cells += [f"{loop.count('BAR')}, {loop.count('SHFL')}" if loop else "-"]
+            cells += [f"{loop.instructions / budget.elements:.1f}" if loop and budget else "-"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")

@@ -221,8 +221,8 @@ def surrogate(
 
 
 @triton.jit
-def store_sums(partials, program, terms, entropy, keep, rows, numbers):
-    """Write a program's sums over its rows as row `program` of [programs, 16]."""
+def sums_of(terms, entropy, keep, rows, numbers):
+    """[16]: sums over a block of rows; place 10 is a maximum."""
     place = tl.arange(0, 16)
     ratio = tl.sum(terms[8], 0)
     # tl.max passes over NaN; 0 times the sum brings it back.
@@ -243,8 +243,21 @@ def store_sums(partials, program, terms, entropy, keep, rows, numbers):
     if numbers.vf_clip_coef is not None:
         sums = tl.where(place == 8, tl.sum(terms[7], 0), sums)
     sums = tl.where(place == 10, deviation, sums)
-    sums = tl.where(place == 11, tl.sum(keep.to(tl.float32), 0), sums)
-    tl.store(partials + program.to(tl.int64) * 16 + place, sums)
+    return tl.where(place == 11, tl.sum(keep.to(tl.float32), 0), sums)
+
+
+@triton.jit
+def sums_together(sums, others):
+    """The `sums_of` two sets of rows as one set's."""
+    largest = tl.maximum(sums, others, propagate_nan=ALL)
+    return tl.where(tl.arange(0, 16) == 10, largest, sums + others)
+
+
+@triton.jit
+def store_sums(partials, program, terms, entropy, keep, rows, numbers):
+    """Write a program's sums over its rows as row `program` of [programs, 16]."""
+    at = partials + program.to(tl.int64) * 16 + tl.arange(0, 16)
+    tl.store(at, sums_of(terms, entropy, keep, rows, numbers))
 
 
 @triton.jit

@@ -30,6 +30,9 @@ Scalar = float | Tensor
 PROGRAMS = 528
 """Enough programs to fill a large GPU four times over; with fewer, time is cut into chunks."""
 
+COLUMN_BLOCKS = 128
+"""Blocks of 32 columns from which time is walked in one piece."""
+
 MAX_CHUNKS = 512
 
 
@@ -67,7 +70,7 @@ def gae_kernel(
     c_clip,
     advantages,
     returns,
-    summaries,  # [2, N, chunks]: each chunk's affine map
+    summaries,  # [2, chunks, N]: each chunk's affine map
     partials,  # [programs, 3]: moments
     T,
     N,
@@ -94,7 +97,7 @@ def gae_kernel(
     LAMBDA_PER_COLUMN: tl.constexpr,
     TIME_AXIS: tl.constexpr,  # 0: tiles [BT, BN], 1: tiles [BN, BT]
     SUMMARIZE: tl.constexpr,
-    CHUNKS: tl.constexpr,  # chunks, rounded up to a power of two
+    FOLD: tl.constexpr,  # maps of later chunks folded at a time; 0 if there is one chunk
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -151,15 +154,16 @@ def gae_kernel(
 
     carry = tl.zeros((BN,), tl.float32)
     product = tl.full((BN,), 1.0, tl.float32)
-    if not SUMMARIZE:
-        if CHUNKS > 1:
-            later = chunks - 1 - tl.expand_dims(tl.arange(0, CHUNKS), COLUMN_AXIS)
-            maps = summaries + wide_n * chunks + later
+    if not SUMMARIZE and FOLD > 0:
+        for done in range(0, chunks - 1 - chunk, FOLD):
+            later = chunks - 1 - done - tl.expand_dims(tl.arange(0, FOLD), COLUMN_AXIS)
+            maps = summaries + later.to(tl.int64) * N + wide_n
             is_later = (later > chunk) & is_wide_n
             decays = tl.load(maps, mask=is_later, other=1.0)
             deltas = tl.load(maps + N.to(tl.int64) * chunks, mask=is_later, other=0.0)
-            _, deltas = tl.associative_scan((decays, deltas), TIME_AXIS, _follow)
-            carry = _last(deltas, later == chunks - CHUNKS, TIME_AXIS)
+            decays, deltas = tl.associative_scan((decays, deltas), TIME_AXIS, _follow)
+            deltas += decays * tl.expand_dims(carry, TIME_AXIS)
+            carry = _last(deltas, later == chunks - done - FOLD, TIME_AXIS)
     count = tl.zeros((BN,), tl.float32)
     mean = tl.zeros((BN,), tl.float32)
     squares = tl.zeros((BN,), tl.float32)
@@ -229,7 +233,7 @@ def gae_kernel(
                 count, mean, squares = merged(count, mean, squares, parts[0], parts[1], parts[2])
 
     if SUMMARIZE:
-        own = summaries + column.to(tl.int64) * chunks + chunk
+        own = summaries + chunk.to(tl.int64) * N + column
         tl.store(own, product, mask=is_column)
         tl.store(own + N.to(tl.int64) * chunks, carry, mask=is_column)
     elif partials is not None:
@@ -305,22 +309,25 @@ def _tiles(T: int, N: int, time_axis: int) -> tuple[int, int, int, int]:
     """Choose `(BT, BN, num_warps, chunks)`; a pure function of the shape, so results repeat."""
     if time_axis == 0:
         blocks = triton.cdiv(N, 32)
-        if T <= 32:
+        if T <= 16:
             return next_power_of_2(T), 32, 1, 1
         if T <= 128 and blocks <= PROGRAMS:
-            return 128, 32, 8, 1
-        BT, BN, num_warps = 16, 32, 1
-    elif N >= 8 * PROGRAMS:
-        BT, BN, num_warps, blocks = 128, 8, 4, triton.cdiv(N, 8)
-    else:
-        BT, BN, blocks = min(1024, max(32, next_power_of_2(T))), 1, N
-        num_warps = max(1, BT // 256)
-    return BT, BN, num_warps, _chunks(T, BT, blocks)
+            BT = next_power_of_2(T)
+            return BT, 32, BT // 16, 1
+        if blocks >= COLUMN_BLOCKS:
+            # About 1000 warps of 16 rows each keep the memory busy; more only cost barriers.
+            num_warps = 1 << max(0, min(3, (8 * COLUMN_BLOCKS // blocks).bit_length() - 1))
+            return 16 * num_warps, 32, num_warps, 1
+        return 16, 32, 1, _chunks(T, 16, blocks)
+    if N >= 8 * PROGRAMS:
+        return 128, 8, 4, 1
+    BT = min(1024, max(32, next_power_of_2(T)))
+    return BT, 1, max(1, BT // 256), _chunks(T, BT, N)
 
 
 def _chunks(T: int, BT: int, blocks: int) -> int:
-    """How many pieces to cut time into, each of at least two tiles unless there are few."""
-    if blocks * 2 > PROGRAMS or T <= 2 * BT:
+    """How many pieces to cut time into: few columns, whose second reading the L2 cache serves."""
+    if 2 * blocks > PROGRAMS or T <= 2 * BT:
         return 1
     return min(triton.cdiv(T, BT), triton.cdiv(PROGRAMS, blocks), MAX_CHUNKS)
 
@@ -380,7 +387,7 @@ def _gae(
         chunks = triton.cdiv(T, chunk_size)
     programs = triton.cdiv(N, BN) * chunks
     per_column = isinstance(gae_lambda, Tensor) and gae_lambda.dim() == 1
-    summaries = advantages.new_empty(2, N, chunks) if chunks > 1 else None
+    summaries = advantages.new_empty(2, chunks, N) if chunks > 1 else None
     partials = advantages.new_empty(programs, 3) if with_moments else None
 
     args = (
@@ -393,7 +400,8 @@ def _gae(
         *_strides(advantages),
     )
     meta = {"LAMBDA_PER_COLUMN": per_column, "TIME_AXIS": time_axis, "BT": BT, "BN": BN}
-    meta |= {"CHUNKS": next_power_of_2(chunks), "num_warps": num_warps}
+    fold = min(next_power_of_2(chunks), 16 if time_axis == 0 else MAX_CHUNKS)
+    meta |= {"FOLD": fold if chunks > 1 else 0, "num_warps": num_warps}
     if chunks > 1:
         launch(gae_kernel, (programs,), *args, SUMMARIZE=True, **meta)
     launch(gae_kernel, (programs,), *args, SUMMARIZE=False, **meta)

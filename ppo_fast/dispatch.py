@@ -154,6 +154,7 @@ class Accelerated(Generic[P, R]):
         if mode == "auto":
             if why_not is not None:
                 return self.reference(*args, **kwargs)
+            _refuse_transforms(self.__name__)
             assert self.kernel is not None
             return self.kernel(*args, **kwargs)
         if why_not is not None:
@@ -162,6 +163,7 @@ class Accelerated(Generic[P, R]):
                 "use PPO_FAST_BACKEND=auto or reference"
             )
         assert self.kernel is not None
+        _refuse_transforms(self.__name__)
         if mode == "check":
             _check(self.__name__, self.reference, self.kernel, args, kwargs)
         return self.kernel(*args, **kwargs)
@@ -242,6 +244,14 @@ def _accelerate(
                 f"from the reference's {inspect.signature(reference)}"
             )
     return Accelerated(reference, kernel, why, validate)
+
+
+def _refuse_transforms(name: str) -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name}: its kernel has no rule for torch.func transforms (vmap, grad, jvp); call it on "
+            "the whole batch, or use ppo_fast.backend('reference')"
+        )
 
 
 def _check(

@@ -308,6 +308,67 @@ def test_hyper_parameters_may_be_tensors():
         torch.testing.assert_close(gae(*inputs, **kw), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_lambda_may_differ_from_column_to_column():
+    batch = rollout(20, 3, dtype=torch.float64)
+    lambdas = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    advantages, returns = gae(*batch, gamma=0.9, gae_lambda=lambdas)
+    for n, lam in enumerate(lambdas.tolist()):
+        alone = [x[n : n + 1] if x.ndim == 1 else x[:, n : n + 1] for x in batch]
+        expected = oracle(*alone, 0.9, lam)
+        torch.testing.assert_close(advantages[:, n : n + 1], expected[0])
+        torch.testing.assert_close(returns[:, n : n + 1], expected[1])
+
+
+@pytest.mark.parametrize(("rho_clip", "c_clip"), [(0.8, 1.1), (1e9, 1e9), (torch.tensor(1.0), 0.3)])
+def test_ratios_give_v_trace(rho_clip, c_clip):
+    rewards, values, next_value, terminated, *_ = rollout(15, 4, dtype=torch.float64)
+    ratios = torch.randn(15, 4, dtype=torch.float64).exp()
+    batch = rewards, values, next_value, terminated
+    options = {"ratios": ratios, "rho_clip": rho_clip, "c_clip": c_clip}
+    advantages, returns = gae(*batch, gamma=0.9, gae_lambda=1.0, **options)
+    following = torch.cat((values[1:], next_value[None]))
+    for n in range(4):
+        # v_s = V(s) + sum_t gamma^(t-s) (prod_{s <= i < t} c_i) rho_t delta_t, Espeholt et al., eq. 1.
+        for start in range(15):
+            v, weight = float(values[start, n]), 1.0
+            for t in range(start, 15):
+                live = 0.0 if terminated[t, n] else 0.9
+                delta = float(rewards[t, n] + live * following[t, n] - values[t, n])
+                v += weight * min(float(ratios[t, n]), float(rho_clip)) * delta
+                weight *= live * min(float(ratios[t, n]), float(c_clip))
+            assert float(returns[start, n]) == pytest.approx(v, rel=1e-9)
+    torch.testing.assert_close(returns, advantages + values)
+
+
+def test_ratios_of_one_change_nothing():
+    batch = rollout(20, 3)
+    plain = gae(*batch, gamma=0.9, gae_lambda=0.8)
+    ones = gae(*batch, gamma=0.9, gae_lambda=0.8, ratios=torch.ones(20, 3))
+    torch.testing.assert_close(ones, plain, rtol=0, atol=0)
+
+
+def test_a_skipped_rows_ratio_is_not_read():
+    *batch, mask = rollout(20, 3)
+    ratios = torch.rand(20, 3)
+    one = gae(*batch, mask, gamma=0.9, gae_lambda=0.8, ratios=ratios)
+    other = gae(*batch, mask, gamma=0.9, gae_lambda=0.8, ratios=ratios.masked_fill(~mask, NAN))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_moments_are_those_of_the_unmasked_advantages(masked):
+    *batch, mask = rollout(20, 3, dtype=torch.float64)
+    mask = mask if masked else None
+    advantages, returns, moments = gae(*batch, mask, gamma=0.9, gae_lambda=0.8, with_moments=True)
+    plain = gae(*batch, mask, gamma=0.9, gae_lambda=0.8)
+    torch.testing.assert_close((advantages, returns), plain, rtol=0, atol=0)
+    kept = advantages[mask] if masked else advantages.flatten()
+    expected = torch.stack(
+        (torch.tensor(float(kept.numel())).double(), kept.mean(), kept.var() * (kept.numel() - 1))
+    )
+    torch.testing.assert_close(moments, expected)
+
+
 def test_an_input_that_requires_grad_is_refused_unless_grad_mode_is_off():
     r, v, nv, term, *_ = rollout(5, 2)
     v.requires_grad_()
@@ -457,6 +518,29 @@ def test_packed_never_reads_skipped_tokens():
     )  # fmt: skip
     torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
     assert not clean[0][~mask].any() and not clean[1][~mask].any()
+
+
+def test_packed_options_equal_those_of_each_sequence_alone():
+    lengths = (3, 0, 7, 1)
+    r, v, nv, term, cu, trunc, boot, mask = pack(lengths)
+    lambdas, ratios = torch.rand(4).double(), torch.rand(11).double() * 2
+    options = {"gamma": 0.9, "rho_clip": 0.9, "c_clip": 1.1}
+    advantages, returns, moments = gae_packed(
+        *(r, v, nv, term, cu, trunc, boot, mask),
+        **(options | {"gae_lambda": lambdas, "ratios": ratios, "with_moments": True}),
+    )
+    for i, length in enumerate(lengths):
+        own = slice(int(cu[i]), int(cu[i]) + length)
+        rows = [x[own, None] for x in (term, trunc, boot, mask)]
+        alone = gae(
+            *(r[own, None], v[own, None], nv[i, None], *rows),
+            **(options | {"gae_lambda": float(lambdas[i]), "ratios": ratios[own, None]}),
+        )
+        torch.testing.assert_close(advantages[own], alone[0][:, 0])
+        torch.testing.assert_close(returns[own], alone[1][:, 0])
+    kept = advantages[mask]
+    torch.testing.assert_close(moments[1], kept.mean())
+    torch.testing.assert_close(moments[2], (kept - kept.mean()).square().sum())
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])

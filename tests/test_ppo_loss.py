@@ -1338,3 +1338,35 @@ def test_bad_gaussian_arguments_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=f"ppo_loss_from_gaussian: {message}"):
         ppo_loss_from_gaussian(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_of_the_whole_batch_whiten_a_minibatch(masked):
+    rows = pick(batch())
+    keep = torch.arange(64) % 3 > 0 if masked else None
+    advantages = rows["advantages"] * 3 + 5
+    used = advantages[keep] if masked else advantages
+    moments = torch.stack(
+        (torch.tensor(float(used.numel())), used.mean(), used.var() * (used.numel() - 1))
+    )
+    whitened = (advantages - used.mean()) / (used.std() + 1e-8)
+    rows.pop("advantages")
+    got = ppo_loss(
+        advantages=advantages, advantage_moments=moments, mask=keep, clip_coef=0.2, **rows
+    )
+    expected = ppo_loss(advantages=whitened, mask=keep, clip_coef=0.2, **rows)
+    torch.testing.assert_close(got, expected)
+    whole = ppo_loss(advantages=advantages, norm_adv=True, mask=keep, clip_coef=0.2, **rows)
+    torch.testing.assert_close(got, whole)
+
+
+def test_moments_of_one_advantage_leave_it():
+    rows = pick(batch(m=1))
+    moments = torch.tensor([1.0, 3.0, 0.0])
+    got = ppo_loss(advantage_moments=moments, clip_coef=0.2, **rows)
+    torch.testing.assert_close(got, ppo_loss(clip_coef=0.2, **rows))
+
+
+def test_misshapen_moments_are_named():
+    with pytest.raises(ValueError, match=r"advantage_moments is \[2\]; expected \[3\]"):
+        ppo_loss(advantage_moments=torch.zeros(2), clip_coef=0.2, **pick(batch()))

@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 import torch
-from calls import Call
+from calls import Budget, Call, Mutant
 
 from ppo_fast.functional.gae import gae, gae_packed
 
@@ -91,3 +91,108 @@ CASES = {
         lambda: packed([5, 0, 31], gae_lambda=torch.tensor([0.1, 0.2, 0.9]))
     ),
 }
+
+
+def empty(T: int, N: int, *options: str, dtype=torch.float32, **kwargs) -> Call:
+    """A rollout of this shape, of unwritten memory: for compilation only."""
+
+    def make(dtype: torch.dtype) -> torch.Tensor:
+        if "batch-major" in options:
+            return torch.empty(N, T, dtype=dtype).t()
+        return torch.empty(T, N, dtype=dtype)
+
+    given = {"terminated": make(torch.bool)}
+    if "truncated" in options:
+        given |= {"truncated": make(torch.bool), "bootstrap_values": make(dtype)}
+    if "mask" in options:
+        given["mask"] = make(torch.bool)
+    if "ratios" in options:
+        given["ratios"] = make(dtype)
+    return Call(gae, (make(dtype), make(dtype), torch.empty(N)), given | HYPER | kwargs)
+
+
+def empty_packed(lengths: list[int], *options: str, **kwargs) -> Call:
+    call = empty(sum(lengths), 1, *options, **kwargs)
+    columns = {
+        name: x.squeeze(1) if isinstance(x, torch.Tensor) else x for name, x in call.kwargs.items()
+    }
+    args = *(x.squeeze(1) for x in call.args[:2]), torch.empty(len(lengths))
+    return Call(gae_packed, args, columns | {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0)})
+
+
+MANY = ("truncated", "mask")
+AOT_CASES = {
+    "8 x 32768": partial(empty, 8, 32768),
+    "32 x 4096": partial(empty, 32, 4096),
+    "8192 x 32": partial(empty, 8192, 32),
+    "32 x 32768": partial(empty, 32, 32768),
+    "128 x 4096": partial(empty, 128, 4096),
+    "128 x 4096, all options": partial(empty, 128, 4096, *ALL, with_moments=True),
+    "1024 x 32768": partial(empty, 1024, 32768),
+    "1024 x 16384": partial(empty, 1024, 16384),
+    "1024 x 8192": partial(empty, 1024, 8192),
+    "1024 x 4096": partial(empty, 1024, 4096),
+    "1024 x 32768, truncated, mask": partial(empty, 1024, 32768, *MANY, with_moments=True),
+    "1024 x 32768, all options": partial(empty, 1024, 32768, *ALL, with_moments=True),
+    "1024 x 32768, bf16": partial(empty, 1024, 32768, dtype=torch.bfloat16),
+    "2048 x 256": partial(empty, 2048, 256),
+    "2048 x 256, all options": partial(empty, 2048, 256, *ALL, with_moments=True),
+    "[8192, 1024].t()": partial(empty, 1024, 8192, "batch-major"),
+    "[8192, 1024].t(), all options": partial(empty, 1024, 8192, "batch-major", *ALL),
+    "[512, 4096].t()": partial(empty, 4096, 512, "batch-major"),
+    "[16, 131072].t()": partial(empty, 131072, 16, "batch-major"),
+    "[16, 131072].t(), all options": partial(
+        empty, 131072, 16, "batch-major", *ALL, with_moments=True
+    ),
+    "packed 512 x 2048": partial(empty_packed, [2048] * 512, "mask"),
+    "packed 8 x 65536": partial(empty_packed, [65536] * 8, "mask", with_moments=True),
+}
+COLUMNS = {"quiet_loop": True, "elements": 16}
+BUDGETS = [
+    # 117 instructions an element go by while its 17 bytes do, on an H200.
+    Budget("1024 x 32768", "gae_kernel", 168, **COLUMNS, instructions=72),
+    Budget("1024 x 32768, bf16", "gae_kernel", 168, **COLUMNS, instructions=78),
+    Budget("2048 x 256", "gae_kernel", 200, quiet_loop=True),
+    Budget("[8192, 1024].t()", "gae_kernel", 128, elements=8, instructions=110),
+]
+
+MUTANTS = [
+    Mutant(
+        "gae.py",
+        "decay_later * decay, delta + decay",
+        "decay_later * decay, delta - decay",
+        "columns",
+    ),
+    Mutant("gae.py", "discount * next_v - v", "discount * next_v + v", "columns"),
+    Mutant("gae.py", "(t + 1 < end) & inside", "(t + 1 <= end) & inside", "rows, all options"),
+    Mutant("gae.py", "tl.where(ended, 0.0, g)", "g", "columns"),
+    Mutant("gae.py", "decay = discount * lam", "decay = g * lam", "columns"),
+    Mutant(
+        "gae.py", "cut = cut & (ended == 0)", "cut = cut | (ended != 0)", "columns, all options"
+    ),
+    Mutant("gae.py", "decay = tl.where(cut, 0.0, decay)", "decay = decay", "columns, all options"),
+    Mutant(
+        "gae.py",
+        "decay = tl.where(keep, decay, 1.0)",
+        "decay = tl.where(keep, decay, g)",
+        "one column",
+    ),
+    Mutant("gae.py", "(later > chunk) &", "(later >= chunk) &", "columns, chunks"),
+    Mutant(
+        "gae.py",
+        "minimum(ratio, number(rho_clip))",
+        "minimum(ratio, number(c_clip))",
+        "numbers on the device",
+    ),
+    Mutant("gae.py", "advantage + v, 0.0)", "advantage, 0.0)", "columns"),
+    Mutant("gae.py", "tl.where(passing > 0.0, far, next_v)", "next_v", "one column"),
+    Mutant(
+        "_moments.py",
+        "difference * difference * count * share",
+        "difference * count * share",
+        "packed",
+    ),
+    Mutant(
+        "_moments.py", "return total, mean + difference * share", "return total, mean", "packed"
+    ),
+]

@@ -88,3 +88,78 @@ CASES = {
         )
     ),
 }
+
+AOT_CASES = {
+    "4096": partial(loss, 4096),
+    "4096, CleanRL's": partial(
+        loss, 4096, *VALUE, "entropy", ent_coef=0.01, vf_clip_coef=0.2, norm_adv=True
+    ),
+    "524288, everything": partial(
+        loss, 1 << 19, *ALL, masked=True, norm_adv=True, **EVERYTHING
+    ),
+    "524288, everything, bf16": partial(
+        loss, 1 << 19, *ALL, masked=True, dtype=torch.bfloat16, **EVERYTHING
+    ),
+    "524288, k1": partial(
+        loss, 1 << 19, "ref_log_probs", kl_coef=0.1, kl_estimator="k1"
+    ),
+}
+BUDGETS = [
+    Budget("4096, CleanRL's", "ppo_loss_kernel", 80, wide_loads=True),
+    Budget("524288, everything", "ppo_loss_kernel", 96, wide_loads=True),
+    Budget("524288, everything", "whitening_kernel", 128, wide_loads=True),
+]
+
+SURROGATE, LOSS = "_surrogate.py", "ppo_loss.py"
+MUTANTS = [
+    Mutant(
+        SURROGATE, "(clipped_loss <= unclipped_loss)", "(clipped_loss < unclipped_loss)", "policy"
+    ),
+    Mutant(
+        SURROGATE,
+        "tl.maximum(unclipped_loss, clipped_loss,",
+        "tl.minimum(unclipped_loss, clipped_loss,",
+        "policy",
+    ),
+    Mutant(SURROGATE, "1.0 + high, prop", "1.0 + low, prop", "dual clip"),
+    Mutant(SURROGATE, "active = active * (1.0 - held)", "active = active", "dual clip"),
+    Mutant(SURROGATE, "beyond = moved - tl", "beyond = tl", "value clip max"),
+    Mutant(SURROGATE, "(size >= clipped_size)", "(size <= clipped_size)", "everything, masked"),
+    Mutant(SURROGATE, "error - error * value_clipped", "error", "value clip only"),
+    Mutant(SURROGATE, "grad_kl *= -(kl + difference)", "grad_kl *= -kl", "k3"),
+    Mutant(SURROGATE, "grad_kl *= -difference", "grad_kl *= difference", "k2"),
+    Mutant(SURROGATE, "kl = -difference", "kl = difference", "k1"),
+    Mutant(
+        SURROGATE,
+        "keep = tl.load(rows.mask + start + offset, mask=inside, other=False)",
+        "keep = inside",
+        "normalised, masked",
+    ),
+    Mutant(
+        SURROGATE,
+        "keep = tl.load(mask + at, mask=inside, other=False)",
+        "keep = inside",
+        "normalised, many rows",
+    ),
+    Mutant(SURROGATE, "grad_log_probs * weight,", "grad_log_probs,", "everything, masked"),
+    Mutant(SURROGATE, "scale = 1.0 / tl.where(n == 0.0, 1.0, n)", "scale = 1.0 / n", "all masked"),
+    Mutant(SURROGATE, "value -= number", "value += number", "entropy"),
+    Mutant(SURROGATE, "n = number(numbers.normalizer)", "n = count", "normalizer"),
+    Mutant(
+        SURROGATE, "(program < programs)[:, None]", "(program < programs - 1)[:, None]", "policy"
+    ),
+    Mutant("_moments.py", "tl.maximum(count - 1.0, 1.0)", "tl.maximum(count, 1.0)", "normalised"),
+    Mutant(LOSS, "pull = -number(numbers.ent_coef)", "pull = number(numbers.ent_coef)", "entropy"),
+    Mutant(
+        LOSS,
+        "tl.store(gradients + at, terms[10], mask=inside)",
+        "tl.store(gradients + at, terms[10], mask=keep)",
+        "everything, masked",
+    ),
+    Mutant(
+        LOSS,
+        "scaled = iter(gradients * (grad_loss * inv_n))",
+        "scaled = iter(gradients * grad_loss)",
+        "value",
+    ),
+]
