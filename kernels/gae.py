@@ -98,6 +98,7 @@ def gae_kernel(
     TIME_AXIS: tl.constexpr,  # 0: tiles [BT, BN], 1: tiles [BN, BT]
     SUMMARIZE: tl.constexpr,
     FOLD: tl.constexpr,  # maps of later chunks folded at a time; 0 if there is one chunk
+    FAR: tl.constexpr,  # whether a tile's rows lie further apart than 32 bits reach
     BT: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -169,55 +170,74 @@ def gae_kernel(
     squares = tl.zeros((BN,), tl.float32)
 
     is_last = step == BT - 1
+    # Rows of a tile lie near each other: their offsets from its last row fit 32 bits nearly always.
+    back = step
+    if FAR:
+        back = step.to(tl.int64)
     for tile in range(0, tl.cdiv(end - begin, BT)):
-        t = end - 1 - tile * BT - step
+        top = end - 1 - tile * BT
+        t = top - step
+        at = base + top
         inside = (t >= begin) & is_wide_n
-        at = base + t
         keep = inside
         if mask is not None:
-            keep = tl.load(mask + at * mask_t + wide_n * mask_n, mask=inside, other=False)
-        r = tl.load(rewards + at * rewards_t + wide_n * rewards_n, mask=keep, other=0.0)
-        v = tl.load(values + at * values_t + wide_n * values_n, mask=keep, other=0.0)
-        v = v.to(tl.float32)
+            skip_or_keep = mask + at * mask_t + wide_n * mask_n - back * mask_t
+            keep = tl.load(skip_or_keep, mask=inside, other=False)
+        r = tl.load(
+            rewards + at * rewards_t + wide_n * rewards_n - back * rewards_t, mask=keep, other=0.0
+        ).to(tl.float32)
+        value = values + at * values_t + wide_n * values_n - back * values_t
+        v = tl.load(value, mask=keep, other=0.0).to(tl.float32)
         ended = tl.load(
-            terminated + at * terminated_t + wide_n * terminated_n, mask=keep, other=False
+            terminated + at * terminated_t + wide_n * terminated_n - back * terminated_t,
+            mask=keep,
+            other=False,
         )
 
         # V(s'_t): of the row after, or of the next row that is not skipped.
-        has_next = (t + 1 < end) & inside
-        following = values + (at + 1) * values_t + wide_n * values_n
+        ends_chunk = (step == 0) & (tile == 0)
+        has_next = inside & (ends_chunk == 0)
         if mask is None:
-            next_v = tl.load(following, mask=has_next, other=0.0).to(tl.float32)
-            next_v = tl.where(t + 1 == end, tl.expand_dims(after, TIME_AXIS), next_v)
+            next_v = tl.load(value + values_t, mask=has_next, other=0.0).to(tl.float32)
+            next_v = tl.where(ends_chunk, tl.expand_dims(after, TIME_AXIS), next_v)
         else:
-            known = tl.load(mask + (at + 1) * mask_t + wide_n * mask_n, mask=has_next, other=False)
-            next_v = tl.load(following, mask=known, other=0.0).to(tl.float32)
+            known = tl.load(skip_or_keep + mask_t, mask=has_next, other=False)
+            next_v = tl.load(value + values_t, mask=known, other=0.0).to(tl.float32)
             passing = tl.where(known, 0.0, 1.0)
             passing, next_v = tl.associative_scan((passing, next_v), TIME_AXIS, _follow)
             # A product with 0 would let an infinite value after the chunk through.
-            far = tl.expand_dims(after, TIME_AXIS)
-            next_v = tl.where(passing > 0.0, far, next_v)
+            next_v = tl.where(passing > 0.0, tl.expand_dims(after, TIME_AXIS), next_v)
             after = _last(next_v, is_last, TIME_AXIS)
 
         discount = tl.where(ended, 0.0, g)
         decay = discount * lam
         if truncated is not None:
             cut = tl.load(
-                truncated + at * truncated_t + wide_n * truncated_n, mask=keep, other=False
+                truncated + at * truncated_t + wide_n * truncated_n - back * truncated_t,
+                mask=keep,
+                other=False,
             )
             cut = cut & (ended == 0)
-            at_cut = bootstrap + at * bootstrap_t + wide_n * bootstrap_n
-            next_v = tl.where(cut, tl.load(at_cut, mask=cut, other=0.0).to(tl.float32), next_v)
+            boot = tl.load(
+                bootstrap + at * bootstrap_t + wide_n * bootstrap_n - back * bootstrap_t,
+                mask=cut,
+                other=0.0,
+            ).to(tl.float32)
+            next_v = tl.where(cut, boot, next_v)
             decay = tl.where(cut, 0.0, decay)
-        delta = r.to(tl.float32) + discount * next_v - v
+        delta = r + discount * next_v - v
         if ratios is not None:
-            ratio = tl.load(ratios + at * ratios_t + wide_n * ratios_n, mask=keep, other=0.0)
-            ratio = ratio.to(tl.float32)
+            ratio = tl.load(
+                ratios + at * ratios_t + wide_n * ratios_n - back * ratios_t, mask=keep, other=0.0
+            ).to(tl.float32)
             delta *= tl.minimum(ratio, number(rho_clip))
             decay *= tl.minimum(ratio, number(c_clip))
-        # A skipped row hands on, undiscounted, what comes after it.
-        delta = tl.where(keep, delta, 0.0)
-        decay = tl.where(keep, decay, 1.0)
+        # A skipped row hands on, undiscounted, what comes after it. So does one outside, where its
+        # carry matters; its delta is 0 as it is.
+        if mask is not None:
+            delta = tl.where(keep, delta, 0.0)
+        if SUMMARIZE or mask is not None:
+            decay = tl.where(keep, decay, 1.0)
 
         decay, delta = tl.associative_scan((decay, delta), TIME_AXIS, _follow)
         advantage = delta + decay * tl.expand_dims(carry, TIME_AXIS)
@@ -225,9 +245,13 @@ def gae_kernel(
         if SUMMARIZE:
             product *= _last(decay, is_last, TIME_AXIS)
         else:
+            result = advantage + v
+            if mask is not None:
+                advantage = tl.where(keep, advantage, 0.0)
+                result = tl.where(keep, result, 0.0)
             out = at * out_t + wide_n * out_n
-            tl.store(advantages + out, tl.where(keep, advantage, 0.0), mask=inside)
-            tl.store(returns + out, tl.where(keep, advantage + v, 0.0), mask=inside)
+            tl.store(advantages + out - back * out_t, advantage, mask=inside)
+            tl.store(returns + out - back * out_t, result, mask=inside)
             if partials is not None:
                 parts = moments_of(advantage, keep.to(tl.float32), TIME_AXIS)
                 count, mean, squares = merged(count, mean, squares, parts[0], parts[1], parts[2])
@@ -305,22 +329,27 @@ def _unsupported(rewards: Tensor, values: Tensor, *args: object, **kwargs: objec
 gae.unsupported = gae_packed.unsupported = _unsupported  # type: ignore[attr-defined]
 
 
-def _tiles(T: int, N: int, time_axis: int) -> tuple[int, int, int, int]:
-    """Choose `(BT, BN, num_warps, chunks)`; a pure function of the shape, so results repeat."""
+def _tiles(T: int, N: int, time_axis: int, rows: int) -> tuple[int, int, int, int]:
+    """Choose `(BT, BN, num_warps, chunks)`; a pure function of the call, so results repeat.
+
+    `rows` is how many rows of a column a thread holds: more are more loads on their way, and more
+    registers.
+    """
     if time_axis == 0:
         blocks = triton.cdiv(N, 32)
-        if T <= 16:
+        if T <= rows:
             return next_power_of_2(T), 32, 1, 1
-        if T <= 128 and blocks <= PROGRAMS:
+        if T <= 8 * rows and blocks <= PROGRAMS:
             BT = next_power_of_2(T)
-            return BT, 32, BT // 16, 1
+            return BT, 32, BT // rows, 1
         if blocks >= COLUMN_BLOCKS:
-            # About 1000 warps of 16 rows each keep the memory busy; more only cost barriers.
+            # About 1000 warps keep the memory busy; more only cost barriers.
             num_warps = 1 << max(0, min(3, (8 * COLUMN_BLOCKS // blocks).bit_length() - 1))
-            return 16 * num_warps, 32, num_warps, 1
-        return 16, 32, 1, _chunks(T, 16, blocks)
+            return rows * num_warps, 32, num_warps, 1
+        return rows, 32, 1, _chunks(T, rows, blocks)
     if N >= 8 * PROGRAMS:
-        return 128, 8, 4, 1
+        # A warp along time and eight rows each: shuffles, but no barrier and no shared memory.
+        return 32, 8, 1, 1
     BT = min(1024, max(32, next_power_of_2(T)))
     return BT, 1, max(1, BT // 256), _chunks(T, BT, N)
 
@@ -373,15 +402,18 @@ def _gae(
     if rewards.numel() == 0:
         return advantages, returns, moments.zero_()
 
+    strides = _strides(rewards, values, terminated, truncated, bootstrap_values, mask, ratios)
+    far = 1024 * max(map(abs, strides[::2])) >= 1 << 31
+    rows = 8 if far or mask is not None or ratios is not None else 16
     if cu_seqlens is None:
         T, N = rewards.shape
         # Columns that lie contiguous in time are read along it.
         time_axis = int(rewards.stride(0) == 1 and T > 1)
-        BT, BN, num_warps, chunks = _tiles(T, N, time_axis)
+        BT, BN, num_warps, chunks = _tiles(T, N, time_axis, rows)
     else:
         T, N, time_axis = rewards.shape[0], cu_seqlens.shape[0] - 1, 1
         # How long the sequences are is on the device; the average decides.
-        BT, BN, num_warps, chunks = _tiles(triton.cdiv(T, N), min(N, 8 * PROGRAMS - 1), 1)
+        BT, BN, num_warps, chunks = _tiles(triton.cdiv(T, N), min(N, 8 * PROGRAMS - 1), 1, rows)
     chunk_size = triton.cdiv(triton.cdiv(T, chunks), BT) * BT
     if cu_seqlens is None:
         chunks = triton.cdiv(T, chunk_size)
@@ -394,12 +426,12 @@ def _gae(
         *(rewards, values, next_value, terminated, truncated, bootstrap_values, mask, ratios),
         *(cu_seqlens, gamma, gae_lambda, rho_clip, c_clip),
         *(advantages, returns, summaries, partials, T, N, chunks, chunk_size),
-        *_strides(rewards, values, terminated, truncated, bootstrap_values, mask, ratios),
+        *strides,
         next_value.stride(0),
         gae_lambda.stride(0) if per_column else 0,  # type: ignore[union-attr]
         *_strides(advantages),
     )
-    meta = {"LAMBDA_PER_COLUMN": per_column, "TIME_AXIS": time_axis, "BT": BT, "BN": BN}
+    meta = {"LAMBDA_PER_COLUMN": per_column, "TIME_AXIS": time_axis, "BT": BT, "BN": BN, "FAR": far}
     fold = min(next_power_of_2(chunks), 16 if time_axis == 0 else MAX_CHUNKS)
     meta |= {"FOLD": fold if chunks > 1 else 0, "num_warps": num_warps}
     if chunks > 1:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.kernels._heads import WIDEST_HEAD, loss_from_gaussian, loss_from_heads
+from ppo_fast.kernels import _heads, _vocabulary
 from ppo_fast.kernels._launch import check_grad_once, launch, number
 from ppo_fast.kernels._library import opaque
 from ppo_fast.kernels._surrogate import (
@@ -28,7 +28,6 @@ from ppo_fast.kernels._surrogate import (
     surrogate,
     ticket_for,
 )
-from ppo_fast.kernels._vocabulary import loss_from_vocabulary
 from ppo_fast.results import PPO_STATS, PPOLoss
 
 Scalar = float | Tensor
@@ -260,9 +259,9 @@ def ppo_loss_from_logits(
         normalizer=normalizer,
     )
     sizes = (logits.shape[-1],) if head_sizes is None else tuple(head_sizes)
-    if len(sizes) == 1 and sizes[0] > WIDEST_HEAD:
-        return loss_from_vocabulary(logits, actions, action_mask, temperature, values, terms)
-    return loss_from_heads(logits, actions, sizes, action_mask, temperature, values, terms)
+    if len(sizes) == 1 and sizes[0] > _heads.WIDEST_HEAD:
+        return _vocabulary.loss_from_vocabulary(logits, actions, action_mask, temperature, values, terms)
+    return _heads.loss_from_heads(logits, actions, sizes, action_mask, temperature, values, terms)
 
 
 def ppo_loss_from_gaussian(
@@ -317,7 +316,7 @@ def ppo_loss_from_gaussian(
         advantage_moments=advantage_moments,
         normalizer=normalizer,
     )
-    return loss_from_gaussian(mean, log_std, actions, squash, values, terms)
+    return _heads.loss_from_gaussian(mean, log_std, actions, squash, values, terms)
 
 
 def _unsupported(*args: Any, **kwargs: Any) -> str | None:

@@ -9,6 +9,7 @@ from cases_gae import CASES, HYPER, packed, rollout
 
 from ppo_fast.dispatch import backend
 from ppo_fast.functional.gae import gae
+from ppo_fast.kernels._launch import recorded
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -30,6 +31,32 @@ def test_any_number_of_rows_and_columns(T, N):
 @pytest.mark.parametrize("T", [2, 31, 33, 127, 130])
 def test_any_number_of_rows_in_a_batch_of_sequences(T):
     assert_agrees(rollout(T, 2, "batch-major", "mask"))
+
+
+SHIPPED = [
+    (4, 32, 1, 1),
+    (16, 32, 1, 1),
+    (64, 32, 4, 1),
+    (32, 8, 1, 1),
+    (32, 1, 1, 3),
+    (16, 32, 1, 20),
+]
+
+
+@pytest.mark.parametrize("tiles", SHIPPED)
+@pytest.mark.parametrize("options", [(), ("batch-major",)])
+def test_every_tile_gives_the_same(tiles, options, monkeypatch):
+    monkeypatch.setattr("ppo_fast.kernels.gae._tiles", lambda *shape: tiles)
+    assert_agrees(rollout(70, 9, *options, "truncated", "mask", with_moments=True))
+
+
+def test_rows_far_apart_are_addressed_in_64_bits():
+    call = rollout(3, 3)
+    for stride, expected in ((3, False), (1 << 21, True)):
+        with recorded() as launches:
+            rewards = torch.empty_strided((3, 3), (stride, 1), device="meta")
+            call.op.kernel(rewards, *call.args[1:], **call.kwargs)
+        assert launches[0].meta["FAR"] == expected
 
 
 @pytest.mark.parametrize("flag", [True, False])
