@@ -4,6 +4,7 @@ from ppo_fast.config import ControlConfig, PPOConfig
 from ppo_fast.control.evaluate import evaluate
 from ppo_fast.control.ppo import PPO
 from ppo_fast.control.recipes import recipe
+from ppo_fast.device_errors import raise_device_errors
 from ppo_fast.dispatch import backend, current_backend
 from ppo_fast.functional import (
     approx_kl,
@@ -43,6 +44,7 @@ __all__ = [
     "ppo_loss",
     "ppo_loss_from_gaussian",
     "ppo_loss_from_logits",
+    "raise_device_errors",
     "recipe",
     "sample_from_logits",
 ]

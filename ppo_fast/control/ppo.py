@@ -38,6 +38,7 @@ from ppo_fast.control.saving import (
 )
 from ppo_fast.control.spaces import as_batch, space_from_json, space_leaves
 from ppo_fast.distributions import distribution_for
+from ppo_fast.device_errors import raise_device_errors
 from ppo_fast.functional.explained_variance import explained_variance
 from ppo_fast.kl_control import KLController
 from ppo_fast.models import ActorCritic, actor_of, critic_of, is_image
@@ -386,6 +387,7 @@ class PPO:
         extra += [self.optimizer.lr, stats.first[PPO_STATS.index("ratio_deviation")], variance]
         transitions = rollout.mask.sum().float()
         numbers = torch.cat([stats.means, torch.stack([*extra, transitions])]).tolist()
+        raise_device_errors()
         means = dict(zip(PPO_STATS, numbers, strict=False))
         last_kl, grad_norm, steps, skipped, stopped, lr, first_ratio, variance, rows = numbers[
             len(means) :
