@@ -561,6 +561,61 @@ def test_the_gradient_is_the_only_vocabulary_sized_allocation(dtype):
     assert [name for name, _ in allocations.found] == ["aten.empty.memory_format"]
 
 
+# The gradient over the logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_inplace_backward_gives_the_gradient_in_the_logits_memory(path, dtype, with_entropy):
+    values, index, g, h = case(6, 40, dtype=dtype)
+    leaf = values.requires_grad_()
+    grads = []
+    for inplace in (False, True):
+        logits = leaf * 1
+        outputs = log_probs_from_logits(
+            logits, index, temperature=0.7, with_entropy=with_entropy, inplace_backward=inplace
+        )
+        outputs = outputs if with_entropy else (outputs,)
+        (grad,) = torch.autograd.grad(outputs, logits, [g, h][: len(outputs)])
+        grads.append(grad)
+    assert grads[1].data_ptr() == logits.data_ptr()
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inplace_backward_allocates_nothing_vocabulary_sized(dtype):
+    leaf = torch.randn(64, 40000).to(dtype).requires_grad_()
+    logits = leaf * 1
+    index = torch.randint(40000, (64,))
+    with _Allocations(leaf.numel()) as allocations:
+        allocations.known.add(logits.untyped_storage().data_ptr())
+        outputs = log_probs_from_logits(logits, index, with_entropy=True, inplace_backward=True)
+        torch.autograd.grad(sum(output.sum() for output in outputs), logits)
+    assert [name for name, _ in allocations.found] == []
+
+
+def test_inplace_backward_refuses_logits_edited_since(path):
+    leaf, index, _, _ = case(5, 6)
+    logits = leaf.requires_grad_() * 1
+    log_probs = log_probs_from_logits(logits, index, inplace_backward=True)
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match=r"log_probs_from_logits: .*edited since the forward"):
+        log_probs.sum().backward()
+
+
+def test_inplace_backward_refuses_leaves_and_copies():
+    leaf, index, _, _ = case(6, 6)
+    leaf.requires_grad_()
+    own = leaf * 1
+    for logits in (leaf, leaf[:4], leaf.view(2, 3, 6)):
+        shaped = index[: logits[..., 0].numel()].view(logits.shape[:-1])
+        with pytest.raises(ValueError, match="inplace_backward, but logits are a leaf"):
+            log_probs_from_logits(logits, shaped, inplace_backward=True)
+    for logits in (own.t(), own[:1].expand(6, 6)):
+        with pytest.raises(ValueError, match=r"inplace_backward, but logits .* not rows"):
+            log_probs_from_logits(logits, index, inplace_backward=True)
+
+
 # Errors
 
 

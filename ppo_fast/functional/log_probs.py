@@ -39,6 +39,33 @@ SHORT_ROW = 64
 FEATURE_MAJOR_ROWS = 128
 
 
+def _validate(
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    with_entropy: bool = False,
+    inplace_backward: bool = False,
+) -> None:
+    name = "log_probs_from_logits"
+    check_logits(name, logits)
+    if index.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name}: index is {list(index.shape)}, logits {list(logits.shape)}; "
+            f"index must be {list(logits.shape[:-1])}, one entry a row of logits"
+        )
+    if index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name}: index is {index.dtype}; expected int64 or int32")
+    check_mask(name, mask, index.shape)
+    for what, tensor in (("index", index), ("mask", mask)):
+        if tensor is not None and tensor.device != logits.device:
+            raise ValueError(f"{name}: {what} is on {tensor.device}, logits on {logits.device}")
+    check_temperature(name, temperature)
+    if inplace_backward:
+        check_overwritable(name, logits)
+
+
 @overload
 def log_probs_from_logits(
     logits: Tensor,
@@ -47,6 +74,7 @@ def log_probs_from_logits(
     temperature: float | Tensor = ...,
     mask: Tensor | None = ...,
     with_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
 ) -> Tensor: ...
 
 
@@ -58,10 +86,11 @@ def log_probs_from_logits(
     temperature: float | Tensor = ...,
     mask: Tensor | None = ...,
     with_entropy: Literal[True],
+    inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@accelerated
+@accelerated(validate=_validate)
 def log_probs_from_logits(
     logits: Tensor,
     index: Tensor,
@@ -69,6 +98,7 @@ def log_probs_from_logits(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     with_entropy: bool = False,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of one index per row under softmax(logits / temperature), and the entropy.
 
@@ -92,11 +122,15 @@ def log_probs_from_logits(
         logits: [..., V] floating point. Leading strides are free; if the last dimension is not
             contiguous the logits are copied once.
         index: [...] int64 or int32 in [0, V). Out of range raises on the CPU; on a GPU, where
-            asking would stall the stream, it fails PyTorch's device-side assertion.
+            asking would stall the stream, the kernel makes its row's log-probability NaN, and
+            `ppo_fast.device_errors.raise_device_errors` tells.
         temperature: T > 0, a number or a 0-d tensor (not differentiated; its sign is not checked).
         mask: [...] bool. Where False the outputs and the gradient are 0, and what logits and index
             hold does not matter.
         with_entropy: also return the entropy, in nats.
+        inplace_backward: write the gradient over the logits, which saves memory of their size. Only
+            for logits that the caller and the rest of the graph no longer need: whatever else kept
+            them for its backward fails there, as after any edit in place.
 
     Returns:
         log_probs [...], or (log_probs, entropy): float32, or float64 for float64 logits. Never > 0
@@ -105,26 +139,28 @@ def log_probs_from_logits(
     Raises:
         IndexError: an unmasked index is outside [0, V) (CPU).
         NotImplementedError: called under a `torch.func` transform.
-        ValueError: shapes or dtypes do not fit, V is 0, or temperature is not a positive number.
+        RuntimeError: in the backward, with `inplace_backward`: the logits were edited since.
+        ValueError: shapes, dtypes or devices do not fit, V is 0, or temperature is not a positive
+            number; or, with `inplace_backward`, the logits are a leaf that requires grad or a view
+            of one, are not rows [M, V] in memory without a copy, or are being compiled.
     """
-    name = "log_probs_from_logits"
-    check_logits(name, logits)
-    if index.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"{name}: index is {list(index.shape)}, logits {list(logits.shape)}; "
-            f"index must be {list(logits.shape[:-1])}, one entry a row of logits"
-        )
-    if index.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"{name}: index is {index.dtype}; expected int64 or int32")
-    check_mask(name, mask, index.shape)
-    divisor = check_temperature(name, temperature)
+    _validate(
+        logits,
+        index,
+        temperature=temperature,
+        mask=mask,
+        inplace_backward=inplace_backward,
+    )
+    divisor = check_temperature("log_probs_from_logits", temperature)
     index = index.long()
     if mask is not None:
         index = index.masked_fill(~mask, 0)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if logits.requires_grad and torch.is_grad_enabled():
-        log_probs, entropy = _LogProbs.apply(logits, index, divisor, mask, with_entropy)
+        log_probs, entropy = _LogProbs.apply(
+            logits, index, divisor, mask, with_entropy, inplace_backward
+        )
     else:
         log_probs, entropy, _ = _forward(logits, index, divisor, mask, with_entropy)
     return (log_probs, entropy) if with_entropy else log_probs
@@ -279,6 +315,7 @@ def _blocked_gradient(
     saved: _Rows,
     g: Tensor | None,
     h: Tensor | None,
+    inplace: bool,
 ) -> Tensor:
     """Gradient e (offset + slope t), plus g at the index, written once; g and h are [M]."""
     maximum, total, mean, target = saved
@@ -309,24 +346,64 @@ def _blocked_gradient(
             e.scatter_add_(1, index[own], g[own])
         return e.masked_fill_(~active[own], 0.0) if overwrite else e
 
-    in_place = logits.dtype is total.dtype
+    direct = logits.dtype is total.dtype
     # Without entropy t is used up by exp, in the same buffer.
-    blocks = Blocks((slope is not None) + (not in_place), total.dtype, logits)
-    if blocks.single:
+    blocks = Blocks((slope is not None) + (not direct), total.dtype, logits)
+    if blocks.single and not inplace:
         ((own, (block,), _),) = blocks
         return fill(block, own, None, None).to(logits.dtype).view(logits.shape)
 
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if inplace:
+        gradient = logits.detach()
+    else:
+        gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     gradient_rows = gradient.view(-1, logits.shape[-1])
     for own, (block,), scratch in blocks:
         out = gradient_rows[own]
         if asking and not active[own].any():
             out.zero_()
-        elif in_place:
+        elif direct:
             fill(block, own, (*scratch, out)[0], out)
         else:
             out.copy_(fill(block, own, scratch[0], scratch[-1]))
     return gradient
+
+
+def check_overwritable(name: str, logits: Tensor) -> None:
+    """Raise unless a backward may write the gradient over the logits."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            f"{name}: inplace_backward under torch.compile, which plans memory itself; leave it out"
+        )
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            f"{name}: inplace_backward, but logits are a leaf that requires grad or a view of one; "
+            "its gradient would replace its values"
+        )
+    try:
+        rows = logits.view(-1, logits.shape[-1])
+    except RuntimeError:
+        rows = None
+    width = logits.shape[-1]
+    apart = rows is not None and (rows.shape[0] <= 1 or rows.stride(0) >= width)
+    if rows is None or not apart or (width > 1 and rows.stride(1) != 1):
+        raise ValueError(
+            f"{name}: inplace_backward, but logits {list(logits.shape)} with strides "
+            f"{list(logits.stride())} are not rows that lie in memory on their own; "
+            "leave it out or pass contiguous logits"
+        )
+
+
+def unchanged(name: str, ctx: Any) -> tuple[Tensor, ...]:
+    """The saved tensors of a backward that writes over the first of them."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{name}: inplace_backward, but the logits were edited since the forward, by another "
+            "operation or by an earlier backward; their gradient is lost"
+        ) from error
 
 
 class _LogProbs(torch.autograd.Function):
@@ -338,10 +415,11 @@ class _LogProbs(torch.autograd.Function):
         divisor: float | Tensor | None,
         mask: Tensor | None,
         with_entropy: bool,
+        inplace: bool,
     ) -> tuple[Tensor, Tensor | None]:
         log_probs, entropy, saved = _forward(logits, index, divisor, mask, with_entropy)
         ctx.set_materialize_grads(False)
-        ctx.kind = type(saved)
+        ctx.kind, ctx.inplace = type(saved), inplace
         ctx.divisor = None if isinstance(divisor, Tensor) else divisor
         tensor = divisor if isinstance(divisor, Tensor) else None
         ctx.save_for_backward(logits, index, mask, tensor, *saved)
@@ -350,19 +428,22 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, g: Tensor | None, h: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None, None, None]:
         refuse_double_backward("log_probs_from_logits")
         if g is None and h is None:
-            return None, None, None, None, None
-        logits, index, mask, tensor, *saved = ctx.saved_tensors
+            return None, None, None, None, None, None
+        kept = unchanged("log_probs_from_logits", ctx) if ctx.inplace else ctx.saved_tensors
+        logits, index, mask, tensor, *saved = kept
         hidden = None if mask is None else ~mask
         g, h = _upstream(g, hidden), _upstream(h, hidden)
         if ctx.kind is _Whole:
             gradient = _whole_gradient(logits, index, _Whole(*saved), g, h)
+            if ctx.inplace:
+                gradient = logits.detach().copy_(gradient)
         else:
             divisor = ctx.divisor if tensor is None else tensor
-            gradient = _blocked_gradient(logits, index, divisor, _Rows(*saved), g, h)
-        return gradient, None, None, None, None
+            gradient = _blocked_gradient(logits, index, divisor, _Rows(*saved), g, h, ctx.inplace)
+        return gradient, None, None, None, None, None
 
 
 def _upstream(grad: Tensor | None, hidden: Tensor | None) -> Tensor | None:
