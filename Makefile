@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# The oldest Triton the kernels are held to, beside the newest, which requirements.txt pins.
+TRITON36 := $(VENV)/triton-3.6.0
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -13,8 +15,10 @@ help: ## list the targets
 train: $(VENV)/ready ## train CartPole-v1 until it is solved, into a new folder under runs/
 	$(BIN)/ppo-fast train CartPole-v1 --total-timesteps 100000 --stop-return 475 $(ARGS)
 
-test: $(VENV)/ready-learn ## run the tests, those against the peers and their environments too
+test: $(VENV)/ready-learn $(TRITON36)/ready ## run the tests; the kernels' in Triton's interpreter, under two Tritons
 	$(BIN)/python -m pytest $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON36) $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 lint: $(VENV)/ready ## ruff check, ruff format --check and mypy
 	$(BIN)/ruff check .
@@ -29,8 +33,9 @@ bench: $(VENV)/ready-learn ## time every op and the trainer against the peers
 learn: $(VENV)/ready-learn ## train the reference environments over seeds and write the table
 	$(BIN)/python benchmarks/learn.py $(ARGS)
 
-gpu: ## run the GPU suite (not yet: it arrives with the kernels)
-	@echo 'Not yet: the GPU suite arrives with the kernels. Nothing was run.'
+# No set-up: a lent GPU machine cannot download, and has torch.
+gpu: ## run the GPU tests and the kernel benchmarks; without a GPU: ARGS=--tiny
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
@@ -46,4 +51,8 @@ $(VENV)/ready: requirements.txt setup.py
 
 $(VENV)/ready-learn: $(VENV)/ready requirements-learn.txt
 	$(BIN)/python -m pip install -r requirements-learn.txt
+	@touch $@
+
+$(TRITON36)/ready: $(VENV)/ready
+	$(BIN)/python -m pip install --no-deps --target $(TRITON36) triton==3.6.0
 	@touch $@

@@ -24,7 +24,10 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 CODE = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
-PACKAGES = ("torch", "triton", "numpy", "stable-baselines3", "torchrl", "trl", "verl", "gymnasium")
+PACKAGES = (
+    *("torch", "triton", "numpy", "gymnasium", "stable-baselines3", "torchrl", "trl", "verl"),
+    *("liger-kernel", "cut-cross-entropy", "rl-triton", "flash-attn", "rl_games"),
+)
 
 
 class Timing(NamedTuple):
@@ -89,20 +92,29 @@ def compare(
             spent = _seconds(case, number)
         calls[name] = number
 
-    samples: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
+    def sampler(name: str) -> Callable[[], float]:
+        return lambda: _seconds(cases[name], calls[name]) / calls[name]
+
+    samples = interleaved({name: sampler(name) for name in cases}, rounds)
+    return {name: Timing(tuple(samples[name]), calls[name]) for name in cases}
+
+
+def interleaved(samplers: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Take a sample of each in turns, the order rotated from round to round."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    names = list(samplers)
     collected_garbage = gc.isenabled()
     gc.disable()
     try:
         for turn in range(rounds):
             shift = turn % len(names) if names else 0
             for name in names[shift:] + names[:shift]:
-                samples[name].append(_seconds(cases[name], calls[name]) / calls[name])
+                samples[name].append(samplers[name]())
             gc.collect()
     finally:
         if collected_garbage:
             gc.enable()
-    return {name: Timing(tuple(samples[name]), calls[name]) for name in cases}
+    return samples
 
 
 def timing_rows(
@@ -190,25 +202,43 @@ def machine_record() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "--short", "--verify", "HEAD"),
+        # A lent machine gets the files without their history: PPO_FAST_COMMIT names the commit.
+        "commit": _git("rev-parse", "--short", "--verify", "HEAD")
+        or os.environ.get("PPO_FAST_COMMIT"),
         # What a benchmark writes itself does not count.
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", *CODE)),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows and `machine_record()` to `results/<name>-<machine>-<date>-<commit>.json`.
+def write_results(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    folder: Path | None = None,
+    **more: object,
+) -> Path:
+    """Write rows and `machine_record()` to `<folder>/<name>-<machine>-<date>-<commit>.json`.
 
     `<machine>` is the GPU's name, or the CPU's and its count; `<commit>` ends in `+` where the
-    working tree had changes the commit does not hold.
+    working tree had changes the commit does not hold. A copy goes to the folder that the
+    environment variable `OUT` names, if it is set.
+
+    Args:
+        name: of the benchmark.
+        rows: what was measured.
+        folder: results/ by default.
+        more: further entries of the file beside the rows.
     """
     machine = machine_record()
     processor = machine["gpu"] or f"{machine['cpu']} {machine['cpu_count']} cores"
     slug = re.sub(r"[^a-z0-9]+", "_", re.sub(r"\((r|tm)\)", "", processor.lower())).strip("_")
     commit = (machine["commit"] or "none") + ("+" if machine["uncommitted_changes"] else "")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{slug}-{machine['date']}-{commit}.json"
-    record = {"benchmark": name, "machine": machine, "rows": list(rows)}
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = {"benchmark": name, "machine": machine, **more, "rows": list(rows)}
+    text = json.dumps(record, indent=1) + "\n"
+    path = (folder or RESULTS) / f"{name}-{slug}-{machine['date']}-{commit}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    if out := os.environ.get("OUT"):
+        # The device machine returns files of plain names.
+        (Path(out) / path.name.replace("+", "_changed")).write_text(text, encoding="utf-8")
     return path

@@ -1,4 +1,8 @@
-"""Write the README's speed tables from the newest result files: `python report.py`."""
+"""Write the README's speed tables from the newest result files: `python report.py`.
+
+`ppo-fast bench report` is the same. The kernels' file also gives two pictures, docs/roofline.png and
+docs/speedup.png. What no file of a GPU shows is said to be not measured.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from typing import Any
 
 import harness
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = {
     "stable-baselines3": "SB3",
@@ -69,6 +75,139 @@ def op(record: dict[str, Any], ours: str, group: tuple[str, ...]) -> list[str]:
     return [*lines, "", f"CPU, one thread; {source(record)}.", ""]
 
 
+OURS = "ppo_fast"
+Rows = list[dict[str, Any]]
+
+
+def timed(rows: Rows) -> dict[tuple[str, str, str], dict[str, dict[str, Any]]]:
+    """(op, case, pass) -> arm -> row, where our kernel was timed; arms that were timed too."""
+    found: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["status"] == "timed" and "median_us" in row:
+            found.setdefault((row["op"], row["case"], row["pass"]), {})[row["arm"]] = row
+    return {key: arms for key, arms in found.items() if OURS in arms}
+
+
+def on_gpu() -> dict[str, Any] | None:
+    """The newest result file of the kernels on a GPU."""
+    record = newest("kernels")
+    if record is None or not record["machine"]["gpu"] or record.get("interpreted"):
+        return None
+    return record
+
+
+def peers_of(arms: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Times our time, by peer."""
+    others = {
+        name: row for name, row in arms.items() if name not in (OURS, "eager", "torch.compile")
+    }
+    return {name: row[f"times {OURS}"] for name, row in others.items()}
+
+
+def kernels(record: dict[str, Any]) -> list[str]:
+    """One line a problem: our time, our share of the ceiling, times the others take."""
+    lines = [
+        "| op | problem | microseconds | of the ceiling | eager, times | torch.compile, times "
+        "| fastest peer, times |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (op_name, case, passes), arms in timed(record["rows"]).items():
+        ours = arms[OURS]
+        share = max(ours["copy_fraction"], ours["matrix_fraction"])
+        times = [
+            f"{arms[arm][f'times {OURS}']:.1f}" if arm in arms else "-"
+            for arm in ("eager", "torch.compile")
+        ]
+        peers = peers_of(arms)
+        best = min(peers, key=peers.__getitem__, default=None)
+        times.append("-" if best is None else f"{best} {peers[best]:.1f}")
+        lines.append(
+            f"| `{op_name}` | {case}, {passes} | {ours['median_us']:,.1f} | {share:.0%} | "
+            + " | ".join(times)
+            + " |"
+        )
+    limits = record["ceilings"]
+    said = [
+        f"Device time, median; buffers rotated beyond the L2 cache. Ceilings measured in the same run: "
+        f"copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product "
+        f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s.",
+    ]
+    wrong = [r for r in record["rows"] if r["arm"] == OURS and r["status"].startswith("wrong")]
+    if wrong:
+        said.append("Wrong, and not timed: " + "; ".join(f"`{r['op']}` {r['case']}" for r in wrong))
+    if record.get("not_run"):
+        said.append(f"Not run for lack of time: {len(record['not_run'])} problems.")
+    return [*lines, "", " ".join(said), f"`benchmarks/bench_kernels.py`; {source(record)}.", ""]
+
+
+def pictures(record: dict[str, Any]) -> list[Path]:
+    """Draw the roofline and the speed-ups."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from ppo_fast.plots import COLORS, FAINT, INK
+
+    problems = dict(sorted(timed(record["rows"]).items(), key=lambda item: item[0][0]))
+    limits = record["ceilings"]
+    copy, matrix = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
+    DOCS.mkdir(exist_ok=True)
+
+    figure = Figure((8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    knee = matrix / copy
+    intensities = [arms[OURS]["flops"] / arms[OURS]["bytes"] for arms in problems.values()]
+    reach = [min([0.1, *intensities]) / 2, knee, 2 * max([knee, *intensities])]
+    axes.plot(reach, [min(copy * x, matrix) / 1e12 for x in reach], color=INK)
+    names = sorted({op_name for op_name, _, _ in problems})
+    for number, name in enumerate(names):
+        rows = [arms[OURS] for (op_name, _, _), arms in problems.items() if op_name == name]
+        axes.plot(
+            [row["flops"] / row["bytes"] for row in rows],
+            [row["flops"] / row["median_us"] / 1e6 for row in rows],
+            linestyle="",
+            color=COLORS[number % len(COLORS)],
+            marker="os^Dv"[number // len(COLORS) % 5],
+            label=name,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
+    axes.set_title(f"Roofline, {record['machine']['gpu']}", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+
+    labels = [f"{op_name} {case}, {passes}" for op_name, case, passes in problems]
+    bars = Figure((8, 1.5 + 0.32 * max(1, len(labels))), layout="constrained")
+    axes = bars.add_subplot()
+    axes.axvline(1, color=FAINT, linewidth=1)
+    kinds = ("eager", "torch.compile", "fastest peer")
+    for number, kind in enumerate(kinds):
+        points = []
+        for position, arms in enumerate(problems.values()):
+            peers = peers_of(arms)
+            if kind == "fastest peer" and peers:
+                points.append((min(peers.values()), position))
+            elif kind in arms:
+                points.append((arms[kind][f"times {OURS}"], position))
+        axes.plot(
+            *zip(*points, strict=True) if points else ((), ()),
+            "o",
+            color=COLORS[number],
+            label=kind,
+        )
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.margins(y=0.02)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="time, as a multiple of ours")
+    axes.set_title(f"Against the others, {record['machine']['gpu']}", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3, axis="x")
+
+    paths = []
+    for drawn, file in ((figure, "roofline.png"), (bars, "speedup.png")):
+        FigureCanvasAgg(drawn).print_figure(DOCS / file, dpi=130)
+        paths.append(DOCS / file)
+    return paths
+
+
 def report() -> str:
     """Return the section's text; what no file shows is said to be unmeasured."""
     lines: list[str] = []
@@ -78,7 +217,12 @@ def report() -> str:
         lines += op(record, "gae", ("shape",))
     if (record := newest("log_probs")) is not None:
         lines += op(record, "log_probs_from_logits", ("shape", "output", "pass"))
-    return "\n".join([*lines, "On a GPU: not yet measured."])
+    if (record := on_gpu()) is None:
+        return "\n".join([*lines, "On a GPU: not yet measured."])
+    lines += kernels(record)
+    for picture in pictures(record):
+        lines.append(f"![{picture.stem}]({picture.relative_to(DOCS.parent)})")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""The `ppo-fast` command: train, eval, plot, doctor."""
+"""The `ppo-fast` command: train, eval, plot, doctor, bench report."""
 
 from __future__ import annotations
 
 import dataclasses
 import dis
+import importlib
 import logging
 import sys
 import time
@@ -27,6 +28,7 @@ USAGE = """ppo-fast: PPO in PyTorch whose hot paths are Triton kernels
   ppo-fast eval RUN [--episodes N] [--video]
   ppo-fast plot RUN... [--out FILE]   learning curves; seeds of one environment are banded
   ppo-fast doctor                     versions, devices, backends, and a self-check of every op
+  ppo-fast bench report               in a checkout: speed tables and pictures from benchmarks/results
 """
 
 
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         "eval": _eval,
         "plot": _plot,
         "doctor": _doctor,
+        "bench": _bench,
     }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -240,3 +243,13 @@ def _doctor(arguments: list[str]) -> None:
     text, well = report()
     print(text)
     sys.exit(0 if well else 1)
+
+
+def _bench(arguments: list[str]) -> None:
+    if arguments != ["report"]:
+        _fail("bench takes one word: report", 2)
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if not (folder / "report.py").exists():
+        _fail(f"bench report works in a checkout of the repository; there is no {folder}", 1)
+    sys.path.insert(0, str(folder))
+    importlib.import_module("report").main()
