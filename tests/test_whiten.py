@@ -8,7 +8,7 @@ import statistics
 import pytest
 import torch
 
-from ppo_fast.functional.whiten import masked_whiten
+from ppo_fast.functional.whiten import masked_whiten, moments
 
 F64 = torch.float64
 
@@ -124,6 +124,40 @@ def test_low_precision_is_computed_in_fp32(dtype):
     torch.testing.assert_close(got.double(), masked_whiten(x.double()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_moments_of_x_given_change_nothing(masked, shift_mean):
+    x = 3 + 2 * torch.randn(60, dtype=F64)
+    mask = torch.arange(60) % 3 != 0 if masked else None
+    got = masked_whiten(x, mask, shift_mean=shift_mean, moments=moments(x, mask))
+    torch.testing.assert_close(got, masked_whiten(x, mask, shift_mean=shift_mean))
+
+
+def test_the_moments_of_a_larger_batch_whiten_a_part_as_the_whole():
+    x = torch.randn(50, dtype=F64)
+    part = masked_whiten(x[:10], moments=moments(x))
+    torch.testing.assert_close(part, masked_whiten(x)[:10])
+
+
+def test_moments_of_one_or_no_entry_leave_x_unchanged():
+    for kept in (0, 1):
+        x, mask = torch.tensor([5.0, math.nan]), torch.tensor([kept == 1, False])
+        found = moments(x, mask)
+        assert found.tolist() == [kept, 5.0 * kept, 0.0]
+        assert masked_whiten(x, mask, moments=found).tolist() == [5.0 * kept, 0.0]
+
+
+@pytest.mark.parametrize("value", [0.1, 1e4, -3.3e-5])
+def test_the_moments_of_equal_entries_are_exact(value):
+    x = torch.full((1000,), value)
+    mask = torch.arange(1000) < 777
+    for keep in (None, mask):
+        _, mean, squares = moments(x, keep).tolist()
+        assert mean == x[0].item()
+        assert squares < 1e-20
+        assert not masked_whiten(x, keep, moments=moments(x, keep)).any()
+
+
 def test_the_input_is_left_alone():
     x = torch.randn(10)
     copy = x.clone()
@@ -141,8 +175,22 @@ def test_the_input_is_left_alone():
         ),
         ((torch.zeros(3), torch.ones(2, dtype=torch.bool)), r"mask is \[2\] torch.bool"),
         ((torch.zeros(3, requires_grad=True),), "x requires a gradient"),
+        ((torch.zeros(3).long(),), "x is torch.int64; it must be floating"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=f"masked_whiten: {message}"):
         masked_whiten(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"moments": torch.zeros(2)}, r"moments is \[2\] torch.float32; expected \[3\] floating"),
+        ({"moments": torch.zeros(3).long()}, r"moments is \[3\] torch.int64"),
+        ({"eps": torch.zeros(1)}, r"eps is a tensor of shape \[1\]"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"masked_whiten: {message}"):
+        masked_whiten(torch.zeros(3), **arguments)

@@ -32,7 +32,31 @@ SERIES_TERMS = {torch.float32: 8, torch.float64: 14}
 """Terms of 1/2! + d/3! + d²/4! + ... that reach rounding at |d| = SERIES_BELOW."""
 
 
-@accelerated
+def _validate(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    direction: str = "forward",
+    mask: Tensor | None = None,
+) -> None:
+    name = "kl_from_logits"
+    check_logits(name, logits)
+    if ref_logits.shape != logits.shape or not ref_logits.is_floating_point():
+        raise ValueError(
+            f"{name}: ref_logits are {list(ref_logits.shape)} {ref_logits.dtype}, logits "
+            f"{list(logits.shape)}; expected the same shape and a floating-point dtype"
+        )
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"{name}: direction is {direction!r}; expected 'forward' or 'reverse'")
+    check_mask(name, mask, logits.shape[:-1])
+    if ref_logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: ref_logits requires grad, but only logits is differentiated; pass "
+            "ref_logits.detach(), or swap the arguments and the direction"
+        )
+
+
+@accelerated(validate=_validate)
 def kl_from_logits(
     logits: Tensor,
     ref_logits: Tensor,
@@ -70,21 +94,7 @@ def kl_from_logits(
         ValueError: shapes or dtypes do not fit, V is 0, direction is another word, or ref_logits
             requires grad in grad mode.
     """
-    name = "kl_from_logits"
-    check_logits(name, logits)
-    if ref_logits.shape != logits.shape or not ref_logits.is_floating_point():
-        raise ValueError(
-            f"{name}: ref_logits are {list(ref_logits.shape)} {ref_logits.dtype}, logits "
-            f"{list(logits.shape)}; expected the same shape and a floating-point dtype"
-        )
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"{name}: direction is {direction!r}; expected 'forward' or 'reverse'")
-    check_mask(name, mask, logits.shape[:-1])
-    if ref_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name}: ref_logits requires grad, but only logits is differentiated; pass "
-            "ref_logits.detach(), or swap the arguments and the direction"
-        )
+    _validate(logits, ref_logits, direction=direction, mask=mask)
     if logits.shape[-1] > 1:
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
         ref_logits = ref_logits if ref_logits.stride(-1) == 1 else ref_logits.contiguous()

@@ -23,7 +23,26 @@ SEGMENT = 512
 """Columns summed as one before the search: two short cumulative sums instead of one of length V."""
 
 
-@accelerated
+def _validate(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    generator: torch.Generator | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    name = "sample_from_logits"
+    check_logits(name, logits)
+    if logits.dim() != 2:
+        raise ValueError(
+            f"{name}: logits are {list(logits.shape)}; expected [M, V], "
+            "use logits.flatten(0, -2) and reshape the results"
+        )
+    check_mask(name, mask, logits.shape[:1])
+    with torch.no_grad():
+        check_temperature(name, temperature)
+
+
+@accelerated(validate=_validate)
 @torch.no_grad()
 def sample_from_logits(
     logits: Tensor,
@@ -59,14 +78,8 @@ def sample_from_logits(
             the CPU also if an unmasked row is all -inf or holds NaN or +inf. A GPU is not asked:
             such rows come back with log-probability -inf or NaN.
     """
+    _validate(logits, temperature=temperature, generator=generator, mask=mask)
     name = "sample_from_logits"
-    check_logits(name, logits)
-    if logits.dim() != 2:
-        raise ValueError(
-            f"{name}: logits are {list(logits.shape)}; expected [M, V], "
-            "use logits.flatten(0, -2) and reshape the results"
-        )
-    check_mask(name, mask, logits.shape[:1])
     divisor = check_temperature(name, temperature)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
