@@ -86,7 +86,7 @@ class Compiled(NamedTuple):
 def launches(op: Accelerated, *args: Any, **kwargs: Any) -> list[Launch]:
     """The kernel launches of one forward and, where an input requires grad, one backward call.
 
-    The tensors may be on the CPU; nothing runs. Not under TRITON_INTERPRET=1, which leaves no
+    The tensors may be on the CPU or have no memory at all; nothing runs. Not under TRITON_INTERPRET=1, which leaves no
     kernels to compile.
     """
     assert op.kernel is not None
@@ -172,7 +172,8 @@ def inspect(launch: Launch, target: GPUTarget = SM90) -> Compiled:
         listing = _tool("-sass", file.name)
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = [
-        (int(address, 16), opcode, rest)
+        # Without the eviction policy, which stands in the middle: LDG.E.EF.128.
+        (int(address, 16), re.sub(r"\.E[FL](?=\.|$)", "", opcode), rest)
         for address, opcode, rest in re.findall(
             r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", listing
         )
@@ -243,9 +244,10 @@ def shipped_cases() -> dict[str, Callable[[], Any]]:
 
 @functools.cache
 def launches_of(name: str) -> list[Launch]:
-    """The launches of a shipped case."""
-    call = shipped_cases()[name]()
-    return launches(call.op, *call.args, **call.kwargs)
+    """The launches of a shipped case, its tensors without memory."""
+    with torch.device("meta"):
+        call = shipped_cases()[name]()
+        return launches(call.op, *call.args, **call.kwargs)
 
 
 _inspected: dict[str, Compiled] = {}

@@ -58,7 +58,11 @@ def test_each_kernel_compiles_for_other_targets(kernel, target):
         assert (found.stack, found.local) == (0, 0)
 
 
-@pytest.mark.parametrize("kernel", aot.first_launches())
+# What they read is a few numbers a program.
+FEW = {"merge_kernel"}
+
+
+@pytest.mark.parametrize("kernel", [name for name in aot.first_launches() if name not in FEW])
 def test_rows_are_addressed_in_64_bits(kernel):
     ir = aot.compile_for(aot.first_launches()[kernel], aot.SM90).asm["ttir"]
     assert "i64" in ir
