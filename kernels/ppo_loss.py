@@ -128,8 +128,10 @@ class _PPOLoss(torch.autograd.Function):
     def forward(
         ctx: Any, log_probs: Tensor, values: Tensor | None, entropy: Tensor | None, terms: Packed
     ) -> tuple[Tensor, Tensor]:
-        flat = None if entropy is None else entropy.reshape(-1)
-        loss, stats, inv_n, gradients = _ppo_loss(log_probs.reshape(-1), flat, *terms)
+        # reshape leaves a vector as it lies, which may be strided.
+        flat = None if entropy is None else entropy.reshape(-1).contiguous()
+        x = log_probs.reshape(-1).contiguous()
+        loss, stats, inv_n, gradients = _ppo_loss(x, flat, *terms)
         ctx.save_for_backward(inv_n, gradients)
         ctx.inputs = [
             None if x is None else (x.shape, x.dtype) for x in (log_probs, values, entropy)
@@ -260,7 +262,9 @@ def ppo_loss_from_logits(
     )
     sizes = (logits.shape[-1],) if head_sizes is None else tuple(head_sizes)
     if len(sizes) == 1 and sizes[0] > _heads.WIDEST_HEAD:
-        return _vocabulary.loss_from_vocabulary(logits, actions, action_mask, temperature, values, terms)
+        return _vocabulary.loss_from_vocabulary(
+            logits, actions, action_mask, temperature, values, terms
+        )
     return _heads.loss_from_heads(logits, actions, sizes, action_mask, temperature, values, terms)
 
 

@@ -94,15 +94,11 @@ AOT_CASES = {
     "4096, CleanRL's": partial(
         loss, 4096, *VALUE, "entropy", ent_coef=0.01, vf_clip_coef=0.2, norm_adv=True
     ),
-    "524288, everything": partial(
-        loss, 1 << 19, *ALL, masked=True, norm_adv=True, **EVERYTHING
-    ),
+    "524288, everything": partial(loss, 1 << 19, *ALL, masked=True, norm_adv=True, **EVERYTHING),
     "524288, everything, bf16": partial(
         loss, 1 << 19, *ALL, masked=True, dtype=torch.bfloat16, **EVERYTHING
     ),
-    "524288, k1": partial(
-        loss, 1 << 19, "ref_log_probs", kl_coef=0.1, kl_estimator="k1"
-    ),
+    "524288, k1": partial(loss, 1 << 19, "ref_log_probs", kl_coef=0.1, kl_estimator="k1"),
 }
 BUDGETS = [
     Budget("4096, CleanRL's", "ppo_loss_kernel", 80, wide_loads=True),
