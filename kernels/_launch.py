@@ -58,10 +58,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             end at 65535.
         args: its positional arguments: tensors, ints, floats (read them by `number`), None, and
             named tuples of those.
-        meta: its constexpr arguments by name, and `num_warps`, `num_stages`.
+        meta: its constexpr arguments by name, and `num_warps`, `num_stages`, `maxnreg`.
     """
     if 0 in grid:
         return
+    if torch.version.hip is not None:
+        meta.pop("maxnreg", None)  # an option of NVIDIA's assembler
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
         return
