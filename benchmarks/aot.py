@@ -78,7 +78,7 @@ class Compiled(NamedTuple):
 
     @property
     def hot_loop(self) -> Loop | None:
-        """The innermost loop with the most instructions, among those of 128-bit loads if any; or None."""
+        """The longest innermost loop, of those with 128-bit loads if there are any; or None."""
         wide = [loop for loop in self.loops if loop.count("LDG.E.128")]
         return max(wide or self.loops, key=lambda loop: loop.instructions, default=None)
 
@@ -86,8 +86,8 @@ class Compiled(NamedTuple):
 def launches(op: Accelerated, *args: Any, **kwargs: Any) -> list[Launch]:
     """The kernel launches of one forward and, where an input requires grad, one backward call.
 
-    The tensors may be on the CPU or have no memory at all; nothing runs. Not under TRITON_INTERPRET=1, which leaves no
-    kernels to compile.
+    The tensors may be on the CPU or have no memory at all; nothing runs. Not under
+    TRITON_INTERPRET=1, which leaves no kernels to compile.
     """
     assert op.kernel is not None
     with recorded() as found, torch.enable_grad():

@@ -337,9 +337,9 @@ def _tiles(T: int, N: int, time_axis: int, rows: int) -> tuple[int, int, int, in
     """
     if time_axis == 0:
         blocks = triton.cdiv(N, 32)
-        if T <= rows:
+        if rows >= T:
             return next_power_of_2(T), 32, 1, 1
-        if T <= 8 * rows and blocks <= PROGRAMS:
+        if 8 * rows >= T and blocks <= PROGRAMS:
             BT = next_power_of_2(T)
             return BT, 32, BT // rows, 1
         if blocks >= COLUMN_BLOCKS:

@@ -37,8 +37,8 @@ from ppo_fast.control.saving import (
     save,
 )
 from ppo_fast.control.spaces import as_batch, space_from_json, space_leaves
-from ppo_fast.distributions import distribution_for
 from ppo_fast.device_errors import raise_device_errors
+from ppo_fast.distributions import distribution_for
 from ppo_fast.functional.explained_variance import explained_variance
 from ppo_fast.kl_control import KLController
 from ppo_fast.models import ActorCritic, actor_of, critic_of, is_image

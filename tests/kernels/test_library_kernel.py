@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # before its functions are patched below
 from calls import run
 from conftest import DEVICE
-import torch._dynamo  # before its functions are patched below
 from torch.library import opcheck
 
 from ppo_fast.dispatch import _map_tensors, backend
