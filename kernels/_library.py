@@ -9,7 +9,6 @@ arguments into float64 and trips over annotations in the kernels (Liger-Kernel i
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,9 +50,13 @@ def opaque(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
     return decorate
 
 
+ABSENT = -1.7976931348623157e308
+"""Stands for what is None or a tensor among numbers. Not NaN, which a coefficient may become."""
+
+
 def pack(*scalars: float | Tensor | None) -> tuple[list[float], list[Tensor | None]]:
-    """Numbers and 0-d tensors as a schema can hold them; NaN stands for what is None or a tensor."""
-    numbers = [math.nan if x is None or isinstance(x, Tensor) else float(x) for x in scalars]
+    """Numbers and 0-d tensors as a schema can hold them."""
+    numbers = [ABSENT if x is None or isinstance(x, Tensor) else float(x) for x in scalars]
     return numbers, [x if isinstance(x, Tensor) else None for x in scalars]
 
 
@@ -62,6 +65,6 @@ def unpack(
 ) -> list[float | Tensor | None]:
     """Undo `pack`; the numbers come back as floats, which `_launch.number` reads."""
     return [
-        tensor if tensor is not None else None if math.isnan(number) else number
+        tensor if tensor is not None else None if number == ABSENT else number
         for number, tensor in zip(numbers, tensors, strict=True)
     ]

@@ -83,10 +83,26 @@ def excess(x, exponential):
 
 
 @triton.jit
+def _near_mean(advantages, mask, M):
+    """A number near the mean, the same in every program: sums of what is left lose no digits."""
+    at = tl.arange(0, 256)
+    inside = at < M
+    keep = inside
+    if mask is not None:
+        keep = tl.load(mask + at, mask=inside, other=False)
+    x = _load(advantages, at, inside, keep)
+    return tl.sum(x, 0) / tl.maximum(tl.sum(keep.to(tl.float32), 0), 1.0)
+
+
+@triton.jit
 def advantage_whitening(rows, moments, parts, M, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """`(shift, scale)` of the advantages. NORM: 0 none, 1 over all M here, 2 from [parts, 3]."""
-    shift, scale = 0.0, 1.0
+    """`((shift, rest), scale)`, with which ((A - shift) - rest) * scale is whitened.
+
+    NORM: 0 none, 1 over all M here, 2 from [parts, 3] around the pivot, 3 from the caller's [3].
+    """
+    shift, rest, scale = 0.0, 0.0, 1.0
     if NORM == 1:
+        shift = _near_mean(rows.advantages, rows.mask, M)
         offset = tl.arange(0, BLOCK)
         count = tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK,), tl.float32)
@@ -96,15 +112,22 @@ def advantage_whitening(rows, moments, parts, M, NORM: tl.constexpr, BLOCK: tl.c
             keep = inside
             if rows.mask is not None:
                 keep = tl.load(rows.mask + start + offset, mask=inside, other=False)
-            x = _load(rows.advantages, start + offset, inside, keep)
             one = keep.to(tl.float32)
+            x = (_load(rows.advantages, start + offset, inside, keep) - shift) * one
             count, mean, squares = merged(count, mean, squares, one, x, one * 0.0)
         total, middle, squared = moments_of_parts(count, mean, squares)
-        shift, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
+        rest, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
     elif NORM == 2:
+        shift = _near_mean(rows.advantages, rows.mask, M)
         total, middle, squared = folded(moments, parts, 256)
+        rest, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
+    elif NORM == 3:
+        total, middle, squared = tl.load(moments), tl.load(moments + 1), tl.load(moments + 2)
         shift, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
-    return shift, scale
+    if NORM == 1 or NORM == 2:
+        # Below two entries nothing is shifted, nor scaled.
+        shift = tl.where(total < 2.0, 0.0, shift)
+    return (shift, rest), scale
 
 
 @triton.jit
@@ -139,7 +162,8 @@ def surrogate(
     old_kl = excess(log_ratio, ratio)
     ratio_minus_one = old_kl + log_ratio
 
-    neg_advantages = tl.where(keep, (shift - _load(rows.advantages, at, inside, keep)) * scale, 0.0)
+    advantages = (_load(rows.advantages, at, inside, keep) - shift[0]) - shift[1]
+    neg_advantages = tl.where(keep, -advantages * scale, 0.0)
     low = number(numbers.clip_coef)
     high = low
     if numbers.clip_coef_high is not None:
@@ -183,7 +207,9 @@ def surrogate(
     if rows.new_values is not None:
         values = _load(rows.new_values, at, inside, keep)
         error = values - _load(rows.returns, at, inside, keep)
-        vf_coef = number(numbers.vf_coef)
+        vf_coef = 0.0
+        if numbers.vf_coef is not None:
+            vf_coef = number(numbers.vf_coef)
         if numbers.vf_clip_coef is None:
             value_loss = 0.5 * error * error
             grad_values = error * vf_coef
@@ -326,14 +352,15 @@ def _entry(x, number):
 
 @triton.jit
 def whitening_kernel(advantages, mask, partials, M, BLOCK: tl.constexpr):
-    """The moments of BLOCK advantages a program, as a row of [programs, 3]."""
+    """The moments of BLOCK advantages a program less `_near_mean`, as a row of [programs, 3]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < M
     keep = inside
     if mask is not None:
         keep = tl.load(mask + at, mask=inside, other=False)
-    x = _load(advantages, at, inside, keep)
-    count, mean, squares = moments_of(x, keep.to(tl.float32), 0)
+    one = keep.to(tl.float32)
+    x = (_load(advantages, at, inside, keep) - _near_mean(advantages, mask, M)) * one
+    count, mean, squares = moments_of(x, one, 0)
     row = partials + tl.program_id(0) * 3
     tl.store(row, count)
     tl.store(row + 1, mean)
@@ -386,7 +413,7 @@ def packed(
         *(returns, ref_log_probs, mask, weights),
     )
     scalars = Numbers(
-        *(clip_coef, clip_coef_high, dual_clip, None if values is None else vf_coef),
+        *(clip_coef, clip_coef_high, dual_clip, None if values is None else on(vf_coef)),
         *(vf_clip_coef, on(ent_coef), on(kl_coef), on(old_kl_coef), normalizer),
     )
     numbers, tensors = pack(*scalars)
@@ -422,7 +449,8 @@ def prepared(
     M = named.advantages.numel()
     parts, norm = 1, 0
     if moments is not None:
-        norm = 2
+        norm = 3
+        moments = moments.detach().float().contiguous()
     elif norm_adv and M <= WHITEN_IN_PLACE_ROWS:
         norm = 1
     elif norm_adv:

@@ -348,8 +348,8 @@ def _tiles(T: int, N: int, time_axis: int, rows: int) -> tuple[int, int, int, in
             return rows * num_warps, 32, num_warps, 1
         return rows, 32, 1, _chunks(T, rows, blocks)
     if N >= 8 * PROGRAMS:
-        # A warp along time and eight rows each: shuffles, but no barrier and no shared memory.
-        return 32, 8, 1, 1
+        # A warp along time and a few rows each: shuffles, but no barrier and no shared memory.
+        return 32, rows // 2, 1, 1
     BT = min(1024, max(32, next_power_of_2(T)))
     return BT, 1, max(1, BT // 256), _chunks(T, BT, N)
 
@@ -402,6 +402,8 @@ def _gae(
     if rewards.numel() == 0:
         return advantages, returns, moments.zero_()
 
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
     strides = _strides(rewards, values, terminated, truncated, bootstrap_values, mask, ratios)
     far = 1024 * max(map(abs, strides[::2])) >= 1 << 31
     rows = 8 if far or mask is not None or ratios is not None else 16

@@ -238,13 +238,13 @@ def _coefficients(g, h, stats, temperature, row, keep):
     s = tl.load(own + 2, mask=keep, other=0.0)
     x = tl.load(own + 3, mask=keep, other=0.0)
     l = tl.where(l < 1.0, 1.0, l)
-    up = m * 0.0
+    up = tl.where(l > 0.0, 0.0, 0.0)  # not m * 0: m may be infinite
     if g is not None:
         up = tl.load(g, mask=keep, other=0.0).to(tl.float32)
         up = tl.where(x == float("-inf"), 0.0, up)
         # A log-probability made NaN by an index out of range has no other gradient.
         up = tl.where((x != x) & (up != 0.0), x, up)
-    up_entropy = m * 0.0
+    up_entropy = tl.where(l > 0.0, 0.0, 0.0)
     if h is not None:
         up_entropy = tl.load(h, mask=keep, other=0.0).to(tl.float32)
     active = (up != 0.0) | (up_entropy != 0.0)

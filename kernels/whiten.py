@@ -257,6 +257,7 @@ def _masked_whiten(
 ) -> Tensor:
     (eps,) = unpack(numbers, tensors)
     out = _output(x, mask, shift_mean, numbers, tensors, moments)
+    moments = None if moments is None else moments.contiguous()
     N = x.numel()
     strides = [0, 0, 0, 0]
     inner = None

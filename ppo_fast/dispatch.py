@@ -175,6 +175,8 @@ class Accelerated(Generic[P, R]):
         tensors = list(_tensors((args, kwargs)))
         if len({tensor.device for tensor in tensors}) > 1:
             return "its tensors are on different devices"
+        if not torch.compiler.is_compiling() and any(tensor.is_neg() for tensor in tensors):
+            return "a tensor is a lazily negated view; pass x.resolve_neg()"
         on_gpu = [tensor.is_cuda for tensor in tensors]
         if not all(on_gpu) and os.environ.get("TRITON_INTERPRET") != "1":
             if any(on_gpu):

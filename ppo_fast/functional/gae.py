@@ -135,7 +135,7 @@ def gae(
             _skip_unknown_(next_values, is_known)
         truncated = _put_bootstrap_(next_values, terminated, truncated, bootstrap_values)
         torch.addcmul(rewards, discounts, next_values, out=deltas)
-    clipped = None if ratios is None else (_clipped(ratios, rho_clip), _clipped(ratios, c_clip))
+    clipped = None if ratios is None else _clipped(ratios.to(dtype), rho_clip, c_clip)
     results = _finish(deltas, discounts, values, truncated, mask, gae_lambda, clipped)
     return (*results, moments(results[0], mask)) if with_moments else results
 
@@ -251,7 +251,7 @@ def gae_packed(
     if isinstance(gae_lambda, Tensor) and gae_lambda.ndim == 1:
         owner = torch.bucketize(torch.arange(total, device=rewards.device), ends, right=True)
         gae_lambda = gae_lambda[owner]
-    clipped = None if ratios is None else (_clipped(ratios, rho_clip), _clipped(ratios, c_clip))
+    clipped = None if ratios is None else _clipped(ratios.to(dtype), rho_clip, c_clip)
     results = _finish(deltas, discounts, values, truncated, mask, gae_lambda, clipped, is_last)
     return (*results, moments(results[0], mask)) if with_moments else results
 
@@ -261,8 +261,10 @@ def _nothing(rewards: Tensor, dtype: torch.dtype, with_moments: bool) -> tuple[T
     return (*empty, empty[0].new_zeros(3)) if with_moments else empty
 
 
-def _clipped(ratios: Tensor, limit: float | Tensor) -> Tensor:
-    return ratios.clamp(max=limit)
+def _clipped(
+    ratios: Tensor, rho_clip: float | Tensor, c_clip: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    return ratios.clamp(max=rho_clip), ratios.clamp(max=c_clip)
 
 
 def _two_like(values: Tensor) -> tuple[Tensor, Tensor]:

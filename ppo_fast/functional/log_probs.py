@@ -174,7 +174,7 @@ class _Rows(NamedTuple):
     mean: Tensor
     """Sum of p t: log p_j + H = t_j - mean."""
     target: Tensor
-    """t at the index; -inf where the logit is."""
+    """The logit at the index."""
 
 
 class _Whole(NamedTuple):
@@ -298,9 +298,9 @@ def _blocked(
     # Only a row all -inf is below 1; with l = 1 it needs no case of its own from here on.
     total = total.clamp(min=1.0)
     log_total = total.log()
-    target = shifted(target, maximum, divisor, None)
+    t = shifted(target, maximum, divisor, None)
     log_total = log_total.view(index.shape)
-    log_probs = target.view(index.shape) - log_total
+    log_probs = t.view(index.shape) - log_total
     if not with_entropy:
         return log_probs, log_probs, _Rows(maximum, total, weighted, target)
     mean = weighted / total

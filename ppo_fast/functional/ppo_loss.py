@@ -36,10 +36,16 @@ def _validate(
     **options: Any,
 ) -> None:
     op, t = "ppo_loss", Terms(old_log_probs, advantages, **options)
+    _check_floating(log_probs)
     check_terms(op, t, entropy_given=entropy is not None)
     check_rows(op, t, log_probs.shape)
     if entropy is not None:
         flat(op, "entropy", entropy, log_probs.shape)
+
+
+def _check_floating(log_probs: Tensor) -> None:
+    if not log_probs.is_floating_point():
+        raise ValueError(f"ppo_loss: log_probs is {log_probs.dtype}; expected a floating dtype")
 
 
 def _validate_from_logits(
@@ -165,6 +171,7 @@ def ppo_loss(
             out of range, the mask is not bool, or advantages requires a gradient.
     """
     op, shape, dtype = "ppo_loss", log_probs.shape, compute_dtype(log_probs)
+    _check_floating(log_probs)
     t = Terms(
         old_log_probs=old_log_probs,
         advantages=advantages,

@@ -184,3 +184,11 @@ def test_inputs_that_require_a_gradient_are_refused():
     call.args[1].requires_grad_()
     with backend("triton"), pytest.raises(ValueError, match="values requires grad"):
         call.op(*call.args, **call.kwargs)
+
+
+def test_sequence_bounds_may_be_strided():
+    call = packed([0, 3, 5])
+    bounds = call.kwargs["cu_seqlens"]
+    assert_agrees(
+        call._replace(kwargs=call.kwargs | {"cu_seqlens": torch.stack((bounds, bounds), 1)[:, 0]})
+    )

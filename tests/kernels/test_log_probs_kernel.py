@@ -363,3 +363,24 @@ def test_compiles_to_one_graph():
             outputs = function(leaf, index, mask, temperature)
             results.append((*outputs, gradient(leaf, outputs, g, h)))
         torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("V", [1, 3, 300])
+def test_a_row_without_upstream_gradient_gets_none_even_if_it_is_not_finite(bad, V):
+    logits = torch.randn(2, V)
+    logits[0, 0] = bad
+    logits.requires_grad_()
+    with backend("triton"):
+        log_probs = log_probs_from_logits(logits, torch.tensor([0, V - 1]))
+    log_probs.backward(torch.tensor([0.0, 1.0]))
+    assert not logits.grad[0].any() and logits.grad[1].isfinite().all()
+
+
+def test_an_infinite_logit_makes_its_row_nan_in_both():
+    logits = torch.tensor([[math.inf, 0.0, 1.0]]).requires_grad_()
+    for name in ("triton", "reference"):
+        with backend(name):
+            log_probs = log_probs_from_logits(logits, torch.tensor([1]))
+        (gradient,) = torch.autograd.grad(log_probs.sum(), logits)
+        assert gradient.isnan().any()

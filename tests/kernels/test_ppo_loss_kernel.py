@@ -192,3 +192,42 @@ def test_bad_input_is_refused_as_by_the_reference(change, message):
     for name in ("triton", "reference"):
         with backend(name), pytest.raises(ValueError, match=message):
             call.op(*call.args, **call.kwargs | change)
+
+
+@pytest.mark.parametrize("M", [50, 17000])
+@pytest.mark.parametrize(("mean", "std"), [(1e6, 1.0), (1e3, 0.01), (0.0, 1e-3)])
+def test_whitening_keeps_its_digits_under_a_large_mean(M, mean, std):
+    old = torch.zeros(M)
+    advantages = mean + std * torch.randn(M)
+    log_probs = old.clone().requires_grad_()
+    with backend("triton"):
+        value = ppo_loss(log_probs, old, advantages, clip_coef=0.2, norm_adv=True).loss
+    (gradient,) = torch.autograd.grad(value, log_probs)
+    exact = advantages.double()
+    expected = -(exact - exact.mean()) / (exact.std() + 1e-8) / M
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=2e-6 / M)
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        torch.tensor([50.0, 9.0, 0.1, 9.0, 20.0])[::2],
+        torch.tensor(2.0).expand(3),
+        torch.tensor([50.0, 0.1, 20.0], dtype=torch.bfloat16),
+    ],
+)
+def test_moments_may_lie_anyhow(moments):
+    assert_agrees(loss(50, advantage_moments=moments.to(torch.empty(0).device)))
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "old_kl_coef", "ent_coef", "vf_coef", "normalizer"])
+def test_a_coefficient_of_nan_shows(name):
+    call = loss(9, *ALL, **{"ent_coef": 0.1, "kl_coef": 0.1, name: math.nan})
+    assert run(call, "triton")[0][0].isnan() and run(call, "reference")[0][0].isnan()
+
+
+def test_values_that_are_nan_are_left_out_at_weight_0():
+    call = loss(9, "values", "returns", vf_coef=0.0)
+    with torch.no_grad():
+        call.kwargs["values"].fill_(math.nan)
+    assert run(call, "triton")[0][0].isfinite() and run(call, "reference")[0][0].isfinite()

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from calls import assert_agrees, assert_as_exact_as_torch
+from calls import Call, assert_agrees, assert_as_exact_as_torch
 from cases_whiten import CASES, LARGE, entries
 
 from ppo_fast.dispatch import backend
@@ -137,3 +137,8 @@ def test_it_compiles_into_one_graph():
         got = whiten(*call.args, call.kwargs["moments"])
         expected = masked_whiten(*call.args, **call.kwargs)
     assert torch.equal(got, expected)
+
+
+def test_moments_may_be_strided():
+    moments = torch.tensor([[10.0, 0.0], [2.0, 0.0], [30.0, 0.0]])[:, 0]
+    assert_agrees(Call(masked_whiten, (torch.arange(4.0),), {"moments": moments}))
