@@ -162,6 +162,7 @@ OURS = (
         *("vocabulary: 8192 x 151936", "vocabulary_loss_kernel", 32, 2),
     ),
     Ours("gae", "gae: 1024 x 32768", "gae_kernel", 16),
+    Ours("gae", "gae: [8192, 128].t()", "gae_kernel", 8),
     Ours("gae", "gae: [8192, 1024].t()", "gae_kernel", 8),
 )
 

@@ -98,6 +98,7 @@ def gae_kernel(
     TIME_AXIS: tl.constexpr,  # 0: tiles [BT, BN], 1: tiles [BN, BT]
     SUMMARIZE: tl.constexpr,
     FOLD: tl.constexpr,  # maps of later chunks folded at a time; 0 if there is one chunk
+    ONE_TILE: tl.constexpr,  # whether no column has rows beyond one tile
     FAR: tl.constexpr,  # whether a tile's rows lie further apart than 32 bits reach
     BT: tl.constexpr,
     BN: tl.constexpr,
@@ -207,7 +208,8 @@ def gae_kernel(
             passing, next_v = tl.associative_scan((passing, next_v), TIME_AXIS, _follow)
             # A product with 0 would let an infinite value after the chunk through.
             next_v = tl.where(passing > 0.0, tl.expand_dims(after, TIME_AXIS), next_v)
-            after = _last(next_v, is_last, TIME_AXIS)
+            if not ONE_TILE:
+                after = _last(next_v, is_last, TIME_AXIS)
 
         discount = tl.where(ended, 0.0, g)
         decay = discount * lam
@@ -240,8 +242,10 @@ def gae_kernel(
             decay = tl.where(keep, decay, 1.0)
 
         decay, delta = tl.associative_scan((decay, delta), TIME_AXIS, _follow)
-        advantage = delta + decay * tl.expand_dims(carry, TIME_AXIS)
-        carry = _last(advantage, is_last, TIME_AXIS)
+        advantage = delta
+        if not ONE_TILE:
+            advantage += decay * tl.expand_dims(carry, TIME_AXIS)
+            carry = _last(advantage, is_last, TIME_AXIS)
         if SUMMARIZE:
             product *= _last(decay, is_last, TIME_AXIS)
         else:
@@ -349,7 +353,8 @@ def _tiles(T: int, N: int, time_axis: int, rows: int) -> tuple[int, int, int, in
         return rows, 32, 1, _chunks(T, rows, blocks)
     if N >= 8 * PROGRAMS:
         # A warp along time and a few rows each: shuffles, but no barrier and no shared memory.
-        return 32, rows // 2, 1, 1
+        BT = min(128, max(32, next_power_of_2(T)))
+        return BT, 16 * rows // BT, 1, 1
     BT = min(1024, max(32, next_power_of_2(T)))
     return BT, 1, max(1, BT // 256), _chunks(T, BT, N)
 
@@ -434,6 +439,7 @@ def _gae(
         *_strides(advantages),
     )
     meta = {"LAMBDA_PER_COLUMN": per_column, "TIME_AXIS": time_axis, "BT": BT, "BN": BN, "FAR": far}
+    meta["ONE_TILE"] = chunks == 1 and cu_seqlens is None and T <= BT
     fold = min(next_power_of_2(chunks), 16 if time_axis == 0 else MAX_CHUNKS)
     meta |= {"FOLD": fold if chunks > 1 else 0, "num_warps": num_warps}
     if chunks > 1:
