@@ -7,7 +7,8 @@ reach memory: one read and one write of the logits in all. Short rows are held w
 program.
 
 The gradient is written already divided by n, and the backward pass multiplies it in place only if
-the upstream gradient is not 1, which the device decides: usually it costs nothing. float16 gradients
+the upstream gradient is not 1, which the device decides: usually it costs nothing. A backward that
+retains the graph pays for a second buffer. float16 gradients
 are divided in the backward pass instead, as 1/n would take the smaller ones below float16's range
 where a loss scaler cannot bring them back.
 
@@ -622,7 +623,7 @@ class _VocabularyLoss(torch.autograd.Function):
         loss, stats, inv_n, gradient, value_gradient = results
         ctx.save_for_backward(inv_n, gradient, value_gradient)
         ctx.values = None if values is None else (values.shape, values.dtype)
-        ctx.handed_over = False
+        ctx.address = None if torch.compiler.is_compiling() else gradient.data_ptr()
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -633,23 +634,25 @@ class _VocabularyLoss(torch.autograd.Function):
         late = inv_n if gradient.dtype == torch.float16 else None
         for_logits = for_values = None
         if ctx.needs_input_grad[0]:
-            if torch.compiler.is_compiling():
-                # What a graph has saved is not to be written to.
-                factor = grad_loss if late is None else grad_loss * late
-                for_logits = gradient * factor
-            else:
-                if ctx.handed_over:
-                    raise RuntimeError(
-                        "ppo_loss_from_logits: this is the second backward through one loss, and "
-                        "the first took its only gradient buffer over; for more than one use "
-                        "log_probs_from_logits and ppo_loss, or ppo_fast.backend('reference')"
-                    )
-                ctx.handed_over = True
+            if _may_take_over(gradient, ctx.address):
                 for_logits = _rescale(gradient, grad_loss, late)
+            else:
+                for_logits = gradient * (grad_loss if late is None else grad_loss * late)
         if ctx.values is not None and ctx.needs_input_grad[1]:
             shape, dtype = ctx.values
             for_values = (value_gradient * (grad_loss * inv_n)).to(dtype).view(shape)
         return for_logits, for_values, None, None, None, None, None
+
+
+def _may_take_over(gradient: Tensor, address: int | None) -> bool:
+    """Whether a backward may hand over the saved buffer itself, scaled in place.
+
+    Not while a graph is traced, nor if the graph is kept for another backward (retain_graph), nor if
+    a saved-tensor hook brought the gradient back in memory of its own.
+    """
+    if torch.compiler.is_compiling() or gradient.data_ptr() != address:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _rescale(gradient: Tensor, upstream: Tensor, inv_n: Tensor | None) -> Tensor:

@@ -252,7 +252,8 @@ def ppo_loss_from_logits(
     Several heads ("multi-discrete") lie side by side in the logits; log-probs and entropies add up.
 
     A logit of -inf is an illegal action: probability 0, gradient 0. A row of nothing else has
-    entropy 0 and gradient 0 and is counted. An action taken though illegal has log-prob -1e9.
+    entropy 0 and gradient 0 and is counted. An action taken though illegal, a mistake in the data,
+    has log-prob -1e9: its ratio is e^-20, with gradient 0, unless its old log-prob is as low.
 
     Args:
         logits: [..., A] floating, or [..., V]; any strides. Differentiable.

@@ -307,15 +307,54 @@ def test_rows_more_than_2_to_the_31_logits_apart():
         torch.testing.assert_close(x, y, rtol=0, atol=0)
 
 
-def test_a_second_backward_is_refused():
+def test_a_retained_graph_gives_the_gradient_again():
     call = loss(2, 150)
     with backend("triton"):
         result = call.op(*call.args, **call.kwargs)
-    (first,) = torch.autograd.grad(result.loss, call.args[0], retain_graph=True)
-    kept = first.clone()
-    with pytest.raises(RuntimeError, match=r"second backward .*log_probs_from_logits"):
-        result.loss.backward()
-    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+    (first,) = torch.autograd.grad(result.loss, call.args[0], torch.tensor(2.0), retain_graph=True)
+    (again,) = torch.autograd.grad(result.loss, call.args[0], torch.tensor(1.0), retain_graph=True)
+    (last,) = torch.autograd.grad(result.loss, call.args[0], torch.tensor(2.0))
+    torch.testing.assert_close(first, 2 * again)
+    torch.testing.assert_close(last, first, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(result.loss, call.args[0])
+
+
+def test_a_backward_for_the_values_leaves_the_logits_their_own():
+    call = loss(2, 150, "values", "returns")
+    values = call.kwargs["values"]
+    expected = torch.autograd.grad(
+        call.op(*call.args, **call.kwargs).loss, (call.args[0], values), torch.tensor(3.0)
+    )
+    with backend("triton"):
+        result = call.op(*call.args, **call.kwargs)
+    (of_values,) = torch.autograd.grad(result.loss, values, torch.tensor(3.0), retain_graph=True)
+    (of_logits,) = torch.autograd.grad(result.loss, call.args[0], torch.tensor(3.0))
+    torch.testing.assert_close((of_logits, of_values), expected)
+
+
+def test_memory_brought_back_by_a_hook_is_not_written_to():
+    call = loss(4, 200)
+    arena = torch.ones(2400)
+
+    def pack(x):
+        if x.numel() != 800:
+            return x
+        arena[100:900].view(x.shape).copy_(x)
+        return x.shape
+
+    def unpack(x):
+        return x if isinstance(x, torch.Tensor) else arena[100:900].view(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), backend("triton"):
+        value = call.op(*call.args, **call.kwargs).loss
+    before = arena.clone()
+    (gradient,) = torch.autograd.grad(value, call.args[0], torch.tensor(2.0))
+    torch.testing.assert_close(arena, before, rtol=0, atol=0)
+    (expected,) = torch.autograd.grad(
+        call.op(*call.args, **call.kwargs).loss, call.args[0], torch.tensor(2.0)
+    )
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_the_gradient_is_not_differentiable():
