@@ -6,7 +6,7 @@ TRITON36 := $(VENV)/triton-3.6.0
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench learn gpu clean
+.PHONY: help train test test-ops test-kernels test-kernels-3.6 lint bench learn gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,9 +15,16 @@ help: ## list the targets
 train: $(VENV)/ready ## train CartPole-v1 until it is solved, into a new folder under runs/
 	$(BIN)/ppo-fast train CartPole-v1 --total-timesteps 100000 --stop-return 475 $(ARGS)
 
-test: $(VENV)/ready-learn $(TRITON36)/ready ## run the tests; the kernels' in Triton's interpreter, under two Tritons
+test: test-kernels test-kernels-3.6 test-ops ## run all tests; -j2 -O runs two of the three parts at a time
+
+test-ops: $(VENV)/ready-learn
 	$(BIN)/python -m pytest $(ARGS)
+
+# Triton reads TRITON_INTERPRET when a kernel is defined, so the interpreter has processes of its own.
+test-kernels: $(VENV)/ready-learn
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+
+test-kernels-3.6: $(VENV)/ready-learn $(TRITON36)/ready
 	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON36) $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 lint: $(VENV)/ready ## ruff check, ruff format --check and mypy

@@ -52,6 +52,9 @@ from ppo_fast.kernels._surrogate import (
 )
 from ppo_fast.results import PPO_STATS, PPOLoss
 
+WIDEST_GAUSSIAN = 512
+"""Dimensions of an action beyond which the reference serves."""
+
 WIDEST_HEAD = 128
 """Logits of one head beyond which it is a vocabulary."""
 
@@ -741,7 +744,12 @@ def loss_from_heads(
 
     Two where the advantages of many rows are to be whitened.
     """
-    policy = actions.reshape(-1).contiguous(), list(head_sizes), action_mask, *pack(temperature)
+    policy = (
+        actions.reshape(-1).contiguous(),
+        [int(size) for size in head_sizes],
+        action_mask,
+        *pack(temperature),
+    )
     # Inside a Function it is always off.
     recording = torch.is_grad_enabled()
     return PPOLoss(*_FromHeads.apply(logits, values, recording, policy, terms))

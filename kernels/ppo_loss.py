@@ -323,11 +323,24 @@ def ppo_loss_from_gaussian(
     return _heads.loss_from_gaussian(mean, log_std, actions, squash, values, terms)
 
 
-def _unsupported(*args: Any, **kwargs: Any) -> str | None:
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 and x.dim() for x in args):
-        return "float64 tensors run on the reference"
-    return None
+def _float64(policy: Tensor) -> str | None:
+    return "float64 tensors run on the reference" if policy.dtype == torch.float64 else None
 
 
-for _twin in (ppo_loss, ppo_loss_from_logits, ppo_loss_from_gaussian):
-    _twin.unsupported = _unsupported
+def _unsupported(log_probs: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return _float64(log_probs)
+
+
+def _unsupported_logits(logits: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return _float64(logits)
+
+
+def _unsupported_gaussian(mean: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if not 1 <= mean.shape[-1] <= _heads.WIDEST_GAUSSIAN:
+        return f"actions of {mean.shape[-1]} dimensions run on the reference"
+    return _float64(mean)
+
+
+ppo_loss.unsupported = _unsupported
+ppo_loss_from_logits.unsupported = _unsupported_logits
+ppo_loss_from_gaussian.unsupported = _unsupported_gaussian

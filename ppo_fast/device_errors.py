@@ -22,7 +22,9 @@ def mark_of(device: torch.device) -> Tensor:
     """Return the [1] int32 tensor on `device` that a kernel stores a key of `ERRORS` in."""
     mark = _marks.get(device)
     if mark is None:
-        mark = _marks[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        # It outlives an inference mode that its first use may fall into.
+        with torch.inference_mode(False):
+            mark = _marks[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return mark
 
 

@@ -1370,3 +1370,25 @@ def test_moments_of_one_advantage_leave_it():
 def test_misshapen_moments_are_named():
     with pytest.raises(ValueError, match=r"advantage_moments is \[2\]; expected \[3\]"):
         ppo_loss(advantage_moments=torch.zeros(2), clip_coef=0.2, **pick(batch()))
+
+
+def test_the_loss_may_be_divided_in_place():
+    rows = pick(batch())
+    rows["log_probs"].requires_grad_()
+    loss = ppo_loss(clip_coef=0.2, **rows).loss
+    loss /= 4
+    loss.backward()
+    assert rows["log_probs"].grad.any()
+
+
+def test_an_infinite_value_clip_clips_nothing():
+    rows = pick(batch(), "values", "returns", "old_values")
+    expected = ppo_loss(clip_coef=0.2, **rows)
+    torch.testing.assert_close(ppo_loss(clip_coef=0.2, vf_clip_coef=math.inf, **rows), expected)
+
+
+@pytest.mark.parametrize("name", ["clip_coef", "ent_coef", "vf_coef", "normalizer"])
+def test_a_coefficient_per_row_is_refused(name):
+    options = {"clip_coef": 0.2, name: torch.full((64,), 0.1)}
+    with pytest.raises(ValueError, match=rf"{name} is a tensor of shape \[64\]; expected a number"):
+        ppo_loss(**options, **pick(batch(), "entropy"))

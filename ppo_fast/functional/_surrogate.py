@@ -6,6 +6,7 @@ replay them backwards; the explicit gradient shares most of them with the loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -173,17 +174,18 @@ def _value_terms(rows: Rows, t: Terms, absent: Tensor) -> tuple[Tensor, Tensor, 
     assert rows.values is not None
     assert rows.returns is not None
     error = rows.values - rows.returns
-    if t.vf_clip_coef is None:
+    limit = t.vf_clip_coef
+    if limit is None or (not isinstance(limit, Tensor) and math.isinf(limit)):
         return torch.addcmul(absent, error, error, value=0.5), absent, error * t.vf_coef
     assert rows.old_values is not None
     moved = rows.values - rows.old_values
     # The excess over the clip range is exactly 0 inside it, so there both errors are one number.
     # (old_values + clamp(moved)) - returns rounds differently from `error` and would let noise
     # choose the branch, and with it a zero gradient.
-    if isinstance(t.vf_clip_coef, Tensor):
-        excess = moved.sub_(_clamp(moved, -t.vf_clip_coef, t.vf_clip_coef))
+    if isinstance(limit, Tensor):
+        excess = moved.sub_(_clamp(moved, -limit, limit))
     else:
-        excess = softshrink(moved, t.vf_clip_coef)
+        excess = softshrink(moved, limit)
     clipped_error = error - excess
     clipped = excess.ne_(absent)
     if t.vf_clip == "clipped":
@@ -210,7 +212,7 @@ def assemble(
     means = part.sums * inv_n
     count = count.reshape(1) if isinstance(count, Tensor) else means.new_full((1,), count)
     stats = torch.cat((means, part.ratio_deviation, count))
-    loss = means[0]
+    loss = policy_loss = means[0]
     if t.values is not None:
         loss = plus(loss, means[1], t.vf_coef)
     for coef, mean in ((-t.ent_coef, 2), (t.kl_coef, 3), (t.old_kl_coef, 4)):
@@ -224,6 +226,8 @@ def assemble(
                 known.append(gradient if gradient.shape == x.shape else gradient.view(x.shape))
     if inputs:
         loss = _WithGradients.apply(loss, inv_n, *inputs, *known)
+    elif loss is policy_loss:
+        loss = loss.clone()  # not a view, which the caller could not divide in place
     return PPOLoss(loss, stats)
 
 
@@ -240,7 +244,9 @@ class _WithGradients(torch.autograd.Function):
         ctx.dtypes = [tensor.dtype for tensor in tensors[:half]]
         ctx.inv_n = inv_n
         ctx.save_for_backward(*tensors[half:])
-        return loss
+        return (
+            loss.clone()
+        )  # an input handed on counts as a view, which could not be divided in place
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:

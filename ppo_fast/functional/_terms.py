@@ -20,6 +20,12 @@ ROW_NAMES = (
 )
 
 
+SCALAR_NAMES = (
+    *("clip_coef", "clip_coef_high", "dual_clip", "vf_coef", "vf_clip_coef"),
+    *("ent_coef", "kl_coef", "old_kl_coef", "normalizer"),
+)
+
+
 class Terms(NamedTuple):
     """The arguments the `ppo_loss` ops have in common, under their public names."""
 
@@ -100,6 +106,13 @@ def check_terms(op: str, t: Terms, *, entropy_given: bool) -> None:
             f"{op}: advantage_moments is {list(t.advantage_moments.shape)}; expected [3], count, mean "
             "and sum of squared deviations as gae(..., with_moments=True) returns them"
         )
+    for name in SCALAR_NAMES:
+        coef = getattr(t, name)
+        if isinstance(coef, Tensor) and coef.dim() != 0:
+            raise ValueError(
+                f"{op}: {name} is a tensor of shape {list(coef.shape)}; expected a number or a 0-d "
+                "tensor (per-row weights are `weights`)"
+            )
     if t.vf_clip not in ("max", "clipped"):
         raise ValueError(f"{op}: vf_clip is {t.vf_clip!r}; expected 'max' or 'clipped'")
     if t.kl_estimator not in ("k1", "k2", "k3"):

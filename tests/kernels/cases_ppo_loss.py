@@ -133,8 +133,8 @@ MUTANTS = [
     ),
     Mutant(
         SURROGATE,
-        "keep = tl.load(mask + at, mask=inside, other=False)",
-        "keep = inside",
+        "one = keep.to(tl.float32)\n    x = (_load(adv",
+        "one = inside.to(tl.float32)\n    x = (_load(adv",
         "normalised, many rows",
     ),
     Mutant(SURROGATE, "grad_log_probs * weight,", "grad_log_probs,", "everything, masked"),

@@ -6,11 +6,11 @@ import tempfile
 
 import pytest
 import torch
-from calls import assert_agrees, assert_as_exact_as_torch, run
+from calls import Call, assert_agrees, assert_as_exact_as_torch, run
 from cases_heads import ALL, CASES, EVERYTHING, VALUE, categorical, gaussian, special
 from cases_ppo_loss import loss
 
-from ppo_fast.device_errors import raise_device_errors
+from ppo_fast.device_errors import _marks, raise_device_errors
 from ppo_fast.dispatch import backend
 from ppo_fast.functional.ppo_loss import ppo_loss_from_gaussian, ppo_loss_from_logits
 from ppo_fast.kernels import _heads, _surrogate
@@ -445,3 +445,37 @@ def test_compiles_to_one_graph():
     first = gradients(call)
     compiled = torch.compile(call.op, fullgraph=True, backend="aot_eager")
     same_bits(first, gradients(call._replace(op=compiled)))
+
+
+def test_float64_by_keyword_is_float64():
+    x = torch.randn(5, 4, dtype=torch.float64)
+    rows = {"old_log_probs": torch.zeros(5), "advantages": torch.ones(5), "clip_coef": 0.2}
+    op = ppo_loss_from_logits
+    why = op.why_not_kernel(logits=x, actions=torch.zeros(5, dtype=torch.int64), **rows)
+    assert why == "float64 tensors run on the reference"
+
+
+def test_head_sizes_may_be_numpy_integers():
+    sizes = tuple(torch.tensor([2, 3]).cpu().numpy())
+    args = torch.randn(5, 5).requires_grad_(), torch.zeros(5, 2, dtype=torch.int64)
+    rows = torch.zeros(5), torch.ones(5)
+    kwargs = {"clip_coef": 0.2, "head_sizes": sizes}
+    assert_agrees(Call(ppo_loss_from_logits, (*args, *rows), kwargs))
+
+
+def test_a_squashed_action_of_many_dimensions_near_0_does_not_overflow():
+    A = 512
+    args = torch.zeros(2, A), torch.zeros(A), torch.zeros(2, A), torch.zeros(2), torch.ones(2)
+    assert_agrees(Call(ppo_loss_from_gaussian, args, {"clip_coef": 0.2, "squash": True}))
+
+
+def test_a_mark_made_in_inference_mode_can_be_cleared():
+    _marks.clear()
+    actions = torch.tensor([0, 9])
+    with torch.inference_mode(), backend("triton"):
+        ppo_loss_from_logits(
+            torch.randn(2, 4), actions, torch.zeros(2), torch.ones(2), clip_coef=0.2
+        )
+    with pytest.raises(IndexError, match="outside its head"):
+        raise_device_errors()
+    raise_device_errors()
