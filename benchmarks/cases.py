@@ -246,7 +246,7 @@ def _log_probs(tiny: bool) -> Iterator[Case]:
     shapes = LOG_PROBS
     if tiny:
         options = ((FP32, False, True), (BF16, True, False))
-        shapes = {(4, 70, *option): (None, 0) for option in options}
+        shapes = {(4, 300, *option): (None, 0) for option in options}
     for (M, V, dtype, entropy, gradient), (target, priority) in shapes.items():
         yield Case(
             log_probs_from_logits,
@@ -325,7 +325,7 @@ def _heads(tiny: bool) -> Iterator[Case]:
         )
     # Advantages equal along a sequence, policy term alone: what Liger's kernel can be asked for.
     wide = {(8192, 151936): (1500.0, 0), (8192, 32768): (None, 2)}
-    for (M, V), (target, priority) in ({(6, 70): (None, 0)} if tiny else wide).items():
+    for (M, V), (target, priority) in ({(6, 1100): (None, 0)} if tiny else wide).items():
         yield Case(
             ppo_loss_from_logits,
             f"{M}x{V} bf16",
@@ -404,7 +404,7 @@ KL = {  # M, V, direction, gradient: priority
 
 
 def _kl(tiny: bool) -> Iterator[Case]:
-    shapes = {(4, 70, d, True): 0 for d in ("forward", "reverse")} if tiny else KL
+    shapes = {(4, 1100, d, True): 0 for d in ("forward", "reverse")} if tiny else KL
     for (M, V, direction, gradient), priority in shapes.items():
         yield Case(
             kl_from_logits,
@@ -463,7 +463,7 @@ def _sample(tiny: bool) -> Iterator[Case]:
         (32768, 4, FP32): (None, 2),
     }
     for (M, V, dtype), (target, priority) in (
-        {(5, 70, FP32): (None, 0)} if tiny else shapes
+        {(5, 600, FP32): (None, 0)} if tiny else shapes
     ).items():
         yield Case(
             sample_from_logits,
