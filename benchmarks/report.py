@@ -208,6 +208,27 @@ def pictures(record: dict[str, Any]) -> list[Path]:
     return paths
 
 
+def machine_code(record: dict[str, Any]) -> list[str]:
+    """Instructions an element, ours beside the peers' kernels."""
+    lines = [
+        "What the kernels compile to for sm_90, beside the peers' kernels compiled by the same Triton "
+        f"({record['machine']['triton']}): instructions a lane issues for each element, loads, stores and "
+        "addresses included. No time, but what a kernel has to issue; on an H200 a bf16 element read from "
+        "memory leaves room for 13.8.",
+        "",
+        "| | kernel | instructions an element | |",
+        "|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        number = row.get("instructions an element")
+        if number is not None:
+            cells = row["task"], row["kernel"], f"{number:,.1f}", row["note"]
+            lines.append("| " + " | ".join(cells) + " |")
+    machine = record["machine"]
+    file = f"`benchmarks/aot_peers.py`; {machine['date']}, commit {machine['commit']}"
+    return [*lines, "", f"{file}; every configuration: [docs/kernels.md](docs/kernels.md).", ""]
+
+
 def report() -> str:
     """Return the section's text; what no file shows is said to be unmeasured."""
     lines: list[str] = []
@@ -217,6 +238,8 @@ def report() -> str:
         lines += op(record, "gae", ("shape",))
     if (record := newest("log_probs")) is not None:
         lines += op(record, "log_probs_from_logits", ("shape", "output", "pass"))
+    if (record := newest("aot")) is not None:
+        lines += machine_code(record)
     if (record := on_gpu()) is None:
         return "\n".join([*lines, "On a GPU: not yet measured."])
     lines += kernels(record)
