@@ -100,3 +100,44 @@ def test_the_page_of_figures_names_every_case():
     page = (ROOT / "docs" / "kernels.md").read_text()
     missing = [name for name in CASES if name not in page]
     assert not missing, f"{missing}; write the page anew: python benchmarks/aot.py"
+
+
+def _keys(op, *args, **kwargs) -> list[str]:
+    with torch.device("meta"):
+        return [aot.key(launch) for launch in aot.launches(op, *args, **kwargs)]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_another_number_of_rows_or_columns_or_temperature_compiles_nothing_new(gradient):
+    from ppo_fast.functional.log_probs import log_probs_from_logits
+    from ppo_fast.functional.ppo_loss import ppo_loss_from_logits
+
+    seen = {log_probs_from_logits: [], ppo_loss_from_logits: []}
+    for M, V, temperature in ((8192, 151936, 1.0), (4096, 128256, 0.7), (4112, 151040, 1.3)):
+        with torch.device("meta"):
+            logits = torch.empty(M, V, dtype=torch.bfloat16, requires_grad=gradient)
+            index, row = torch.empty(M, dtype=torch.int64), torch.empty(M)
+        options = {"temperature": temperature}
+        seen[log_probs_from_logits].append(_keys(log_probs_from_logits, logits, index, **options))
+        seen[ppo_loss_from_logits].append(
+            _keys(ppo_loss_from_logits, logits, index, row, row, clip_coef=0.2, **options)
+        )
+    for keys in seen.values():
+        assert keys[0] and keys[0] == keys[1] == keys[2]
+
+
+def test_another_horizon_compiles_nothing_new():
+    from ppo_fast.functional.gae import gae
+
+    found = []
+    for T, N, gamma in ((1024, 32768, 0.99), (777, 40000, 0.9)):
+        with torch.device("meta"):
+            x, flag = torch.empty(T, N), torch.empty(T, N, dtype=torch.bool)
+            found.append(_keys(gae, x, x, torch.empty(N), flag, gamma=gamma, gae_lambda=0.95))
+    assert found[0] == found[1]
+
+
+def test_rows_are_never_on_the_short_axes_of_the_grid():
+    for name in CASES:
+        for launch in aot.launches_of(name):
+            assert all(size < 1024 for size in launch.grid[1:]), (name, launch.grid)
