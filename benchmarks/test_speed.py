@@ -5,10 +5,12 @@ published come from bench_kernels.py, which runs its arms in turns and times gra
 runs one after the other and times calls.
 """
 
+from typing import Any
+
 import bench_kernels
 import pytest
 import torch
-from cases import cases
+from cases import Case, cases
 
 ARMS = (bench_kernels.OURS, bench_kernels.EAGER)
 
@@ -17,7 +19,7 @@ ARMS = (bench_kernels.OURS, bench_kernels.EAGER)
 @pytest.mark.parametrize(
     "case", cases(not bench_kernels.ON_GPU), ids=lambda c: f"{c.label}-{c.name}-{c.passes}"
 )
-def test_call(benchmark, case, arm):
+def test_call(benchmark: Any, case: Case, arm: str) -> None:
     made = dict(bench_kernels.arms_of(case))
     if arm not in made:
         pytest.skip("on a CPU ours is the eager one; TRITON_INTERPRET=1 runs the kernels")
@@ -27,7 +29,7 @@ def test_call(benchmark, case, arm):
     except bench_kernels.NotHere as reason:
         pytest.skip(str(reason))
 
-    def timed():
+    def timed() -> None:
         call()
         if bench_kernels.ON_GPU:
             torch.cuda.synchronize()
