@@ -121,8 +121,8 @@ def check_grad_once(op: str) -> None:
         )
 
 
-def _mend_interpreter() -> None:
-    """Let the interpreter take runtime loop bounds: triton 3.6 breaks on them with numpy 2.4.
+def _take_runtime_loop_bounds() -> None:
+    """Let the interpreter take runtime loop bounds: up to triton 3.6 it fails on them with numpy 2.4.
 
     Later versions squeeze the one-element array themselves (triton pull request 9172).
     """
@@ -144,5 +144,29 @@ def _mend_interpreter() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _take_scalar_conditions() -> None:
+    """Let the interpreter take masks such as `vector & (scalar < scalar)`.
+
+    It types a comparison of scalars as an integer, and from triton 3.8 on refuses masks of integers.
+    """
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def as_mask(mask: Any) -> Any:
+        return handle(mask.data.astype(bool), tl.int1)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        return load(self, ptrs, as_mask(mask), *rest)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        return store(self, ptrs, value, as_mask(mask), *rest)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+
+
 if INTERPRETED and triton.__version__.startswith(("3.4.", "3.5.", "3.6.")):
-    _mend_interpreter()
+    _take_runtime_loop_bounds()
+elif INTERPRETED and not triton.__version__.startswith("3.7."):
+    _take_scalar_conditions()
