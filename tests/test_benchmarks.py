@@ -252,7 +252,7 @@ def test_bytes_are_counted_as_the_records_count_them(script):
     N, T = 5, 40
     assert moved(case_of("gae")) == 17 * T * N + 4 * N
     assert moved(case_of("ppo_loss")) == 33 * 200 + 4
-    M, V = 4, 70  # float32, with the gradient: two reads of the logits, one write
+    M, V = 4, 300  # float32, with the gradient: two reads of the logits, one write
     assert moved(case_of("log_probs_from_logits")) == 3 * 4 * M * V + 8 * M + 4 * M
 
 
