@@ -134,7 +134,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     by_name |= dict(zip(kernel.arg_names, launch.args, strict=False))
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
-        value = by_name.get(name, parameter.default) if name not in by_name else by_name[name]
+        value = by_name.get(name, parameter.default)
         specialise = not parameter.do_not_specialize
         if parameter.is_constexpr:
             signature[name], constants[name] = "constexpr", value

@@ -32,15 +32,18 @@ from ppo_fast.kernels._launch import (
     INTERPRETED,
     LN2,
     LOG2E,
+    LOWEST,
     as_rows,
     check_grad_once,
     launch,
+    next_power_of_2,
     number,
 )
 from ppo_fast.kernels._library import opaque, pack, unpack
-from ppo_fast.kernels._softmax import FAR, LOWEST
+from ppo_fast.kernels._softmax import FAR
 from ppo_fast.kernels._surrogate import (
     ALL,
+    ILLEGAL,
     Packed,
     Scalar,
     advantage_whitening,
@@ -66,9 +69,6 @@ THREADS = 128
 
 HEADS_IN_REGISTERS = 8
 """More than these are read again for their gradient, by a loop over the heads."""
-
-ILLEGAL = tl.constexpr(-1e9)
-"""Log-prob of an action that has none: finite, so that differences of two are numbers."""
 
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 
@@ -501,12 +501,12 @@ def _plan(M: int, lanes: int) -> tuple[int, int, int]:
 
 def _lanes(size: int, each: int) -> int:
     """Threads that share a row of `size` entries, at most about `each` entries a thread."""
-    return min(32, triton.next_power_of_2(triton.cdiv(size, each)))
+    return min(32, next_power_of_2(triton.cdiv(size, each)))
 
 
 def _width(size: int, lanes: int, *offsets: int) -> int:
     """Columns of a tile: a load of each lane, of as many entries as lie aligned, up to four."""
-    return min(lanes * math.gcd(4, size, *offsets), triton.next_power_of_2(size))
+    return min(lanes * math.gcd(4, size, *offsets), next_power_of_2(size))
 
 
 def _offset(x: Tensor) -> int:

@@ -22,8 +22,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)
-"""Where a running maximum starts. Not -inf: the difference of two infinities is NaN."""
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""A maximum of nothing: the lowest finite number. Not -inf: the difference of two of those is NaN."""
 
 
 class Launch(NamedTuple):
@@ -93,11 +93,6 @@ def number(x):
     else:
         value = x.to(tl.float32)
     return value
-
-
-def as_number(x: float | Tensor | None) -> float | Tensor | None:
-    """A hyper-parameter as `number` takes it: an int would be specialised, and recompile at 1."""
-    return x if x is None or isinstance(x, Tensor) else float(x)
 
 
 def next_power_of_2(n: int) -> int:

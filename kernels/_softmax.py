@@ -17,10 +17,7 @@ and +inf make l NaN.
 import triton
 import triton.language as tl
 
-from ppo_fast.kernels._launch import LN2
-
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""The maximum of nothing: the lowest finite number, below which only -inf lies."""
+from ppo_fast.kernels._launch import LN2, LOWEST
 
 FAR = tl.constexpr(-1.0e4)
 """Stands for t = -inf where it is multiplied by exp2(t): both give 0, but 0 * -inf is NaN."""
@@ -161,3 +158,15 @@ def entropy_of(l, s):
     """Entropy in nats, never negative; 0 where every logit is -inf."""
     total = tl.where(l < 1.0, 1.0, l)
     return tl.log(total) - s / total * LN2
+
+
+@triton.jit
+def softmax_gradient(x, m, c, offset, slope, ENTROPY: tl.constexpr):
+    """exp2(t) (offset + slope t) with t = (x - m) c; `slope` takes part with ENTROPY only."""
+    t = (x - m) * c
+    e = tl.exp2(t)
+    if ENTROPY:
+        gradient = e * (offset + slope * tl.maximum(t, FAR))
+    else:
+        gradient = e * offset
+    return gradient

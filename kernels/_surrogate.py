@@ -26,6 +26,8 @@ STATS = tl.constexpr(12)
 """`len(ppo_fast.results.PPO_STATS)`."""
 LIMIT = tl.constexpr(20.0)
 """|log ratio| is held below this: fp32 exp overflows at 88.7, and no update survives e^20."""
+ILLEGAL = tl.constexpr(-1e9)
+"""Stands for log 0, as in the reference: finite, so that probability 0 times it is 0."""
 ADVANTAGE_EPS = tl.constexpr(1e-8)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 

@@ -37,12 +37,13 @@ from ppo_fast.kernels._launch import (
     number,
 )
 from ppo_fast.kernels._library import opaque, pack, unpack
+from ppo_fast.kernels._rows import leading, row_offset, rows_of
 from ppo_fast.kernels._softmax import (
-    FAR,
     aligned,
     entropy_of,
     floats,
     log_prob_of,
+    softmax_gradient,
     softmax_merged,
     softmax_of_row,
     softmax_of_tile,
@@ -51,6 +52,7 @@ from ppo_fast.kernels._softmax import (
 )
 from ppo_fast.kernels._surrogate import (
     ALL,
+    ILLEGAL,
     WHITEN_IN_PLACE_ROWS,
     Packed,
     Scalar,
@@ -62,11 +64,7 @@ from ppo_fast.kernels._surrogate import (
     surrogate,
     ticket_for,
 )
-from ppo_fast.kernels.log_probs import _leading, _offset, _rows
 from ppo_fast.results import PPO_STATS, PPOLoss
-
-ILLEGAL = tl.constexpr(-1e9)
-"""Stands for log 0, as in the reference: finite, so that probability 0 times it is 0."""
 
 PROGRAMS = 132
 """Multiprocessors of the GPU the tiles are chosen for. No GPU is asked for its own number: with the
@@ -142,17 +140,6 @@ def _softmax_of_plain_row(row, legal, V, c, W: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _gradient(x, m, c, offset, slope, ENTROPY: tl.constexpr):
-    t = (x - m) * c
-    e = tl.exp2(t)
-    if ENTROPY:
-        gradient = e * (offset + slope * tl.maximum(t, FAR))
-    else:
-        gradient = e * offset
-    return gradient
-
-
-@triton.jit
 def _coefficients(g, weight, l, s, early, temperature, numbers):
     """`(offset, slope, peak, active)` of rows, or of one, from g = n d loss / d log-prob.
 
@@ -198,13 +185,13 @@ def _sweep_back(
         column = position + tl.where(position < V - head, head, head - V)
         inside = position < V
         x = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
-        dx = _gradient(x, m, c, offset, slope, ENTROPY)
+        dx = softmax_gradient(x, m, c, offset, slope, ENTROPY)
         tl.store(out + column, dx.to(out.dtype.element_ty), mask=inside)
     tile = tl.arange(0, K)[:, None] * (W * VEC) + tl.arange(0, W * VEC)[None, :]
     for step in tl.range(0, whole, TILE, num_stages=1):
         start = whole - TILE - step
         x = floats(body + start, K, W, VEC, "evict_first")
-        dx = tl.reshape(_gradient(x, m, c, offset, slope, ENTROPY), (K, W * VEC))
+        dx = tl.reshape(softmax_gradient(x, m, c, offset, slope, ENTROPY), (K, W * VEC))
         tl.store(target + start + tile, dx.to(out.dtype.element_ty), eviction_policy="evict_first")
 
 
@@ -229,12 +216,12 @@ def _sweep_plain(
     for start in tl.range(whole, V, TILE, num_stages=1):
         column = start + lane
         x = _loaded(row, legal, column, V, True)
-        dx = _gradient(x, m, c, offset, slope, ENTROPY)
+        dx = softmax_gradient(x, m, c, offset, slope, ENTROPY)
         tl.store(out + column, dx.to(out.dtype.element_ty), mask=column < V)
     for step in tl.range(0, whole, TILE, num_stages=1):
         column = whole - TILE - step + lane
         x = _loaded(row, legal, column, V, False)
-        dx = _gradient(x, m, c, offset, slope, ENTROPY)
+        dx = softmax_gradient(x, m, c, offset, slope, ENTROPY)
         tl.store(out + column, dx.to(out.dtype.element_ty))
 
 
@@ -306,7 +293,7 @@ def vocabulary_loss_kernel(
     for step in tl.range(0, M - program, programs, num_stages=1):
         index = program + step
         wide = index.to(tl.int64)
-        row = logits + _offset(index, T, logits_b, logits_t)
+        row = logits + row_offset(index, T, logits_b, logits_t)
         kept = index < M
         if rows.mask is not None:
             kept = tl.load(rows.mask + wide) != 0
@@ -318,7 +305,7 @@ def vocabulary_loss_kernel(
         if PLAIN:
             own_legal = None
             if legal is not None:
-                own_legal = legal + _offset(index, T, legal_b, legal_t)
+                own_legal = legal + row_offset(index, T, legal_b, legal_t)
                 allowed = tl.load(own_legal + action, mask=known, other=True) != 0
                 taken = tl.where(allowed, taken, float("-inf"))
             m, l, s = _softmax_of_plain_row(row, own_legal, length, c, W, VEC)
@@ -348,7 +335,7 @@ def vocabulary_loss_kernel(
                     _sweep_back(row, out, V, m, c, offset, slope, ENTROPY, K, W, VEC)
                 # Over what another thread wrote.
                 tl.debug_barrier()
-                peak += _gradient(taken, m, c, offset, slope, ENTROPY)
+                peak += softmax_gradient(taken, m, c, offset, slope, ENTROPY)
                 tl.store(out + action, peak.to(out.dtype.element_ty), mask=known)
             else:
                 _write_zeros(out, V, W, VEC)
@@ -416,12 +403,12 @@ def vocabulary_tile_kernel(
         action = tl.load(actions + at, mask=keep, other=0).to(tl.int64)
         known = keep & (action >= 0) & (action < V)
         tl.store(mark + index * 0, 2, mask=keep & (known == 0))
-        row = tl.multiple_of(logits + _offset(index, T, logits_b, logits_t), BYTES)
+        row = tl.multiple_of(logits + row_offset(index, T, logits_b, logits_t), BYTES)
         taken = tl.load(row + action, mask=known, other=float("nan")).to(tl.float32)
         read = keep[:, None] & is_logit
         x = tl.load(row[:, None] + column, mask=read, other=float("-inf")).to(tl.float32)
         if legal is not None:
-            own = tl.multiple_of(legal + _offset(index, T, legal_b, legal_t), VEC)
+            own = tl.multiple_of(legal + row_offset(index, T, legal_b, legal_t), VEC)
             allowed = tl.load(own + action, mask=known, other=True) != 0
             taken = tl.where(allowed, taken, float("-inf"))
             x = tl.where(tl.load(own[:, None] + column, mask=read, other=0) != 0, x, float("-inf"))
@@ -439,7 +426,7 @@ def vocabulary_tile_kernel(
             offset, slope, peak, active = _coefficients(
                 terms[10], terms[12], l, s, early, temperature, numbers
             )
-            dx = _gradient(
+            dx = softmax_gradient(
                 x, m[:, None], c, offset[:, None], slope[:, None], numbers.ent_coef is not None
             )
             dx += tl.where(column == action[:, None], peak[:, None], 0.0)
@@ -555,11 +542,11 @@ def _vocabulary_loss(
     if p.rows.mask is not None and M > WHITEN_IN_PLACE_ROWS:
         count = p.rows.mask.sum()
     logits = _by_rows(logits)
-    B, T, logits_strides = _rows(logits)
+    B, T, logits_strides = rows_of(logits)
     legal_strides = (0, 0)
     if legal is not None:
         legal = _by_rows(legal)
-        if _rows(legal)[:2] != (B, T):
+        if rows_of(legal)[:2] != (B, T):
             legal = legal.contiguous()
         legal = legal.reshape(B, T, V)
         legal_strides = legal.stride()[:2]
@@ -593,7 +580,7 @@ def _vocabulary_loss(
 
 def _by_rows(x: Tensor) -> Tensor:
     """[..., V] with a contiguous last dimension and rows two strides apart; one copy if need be."""
-    if x.stride(-1) != 1 or len(_leading(x)) > 2:
+    if x.stride(-1) != 1 or len(leading(x)) > 2:
         x = x.contiguous()
     return x
 

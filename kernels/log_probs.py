@@ -28,12 +28,13 @@ from ppo_fast.kernels._launch import (
     number,
 )
 from ppo_fast.kernels._library import opaque, pack, unpack
+from ppo_fast.kernels._rows import leading, row_offset, rows_of
 from ppo_fast.kernels._softmax import (
-    FAR,
     LOWEST,
     aligned,
     entropy_of,
     log_prob_of,
+    softmax_gradient,
     softmax_merged,
     softmax_of_row,
     softmax_of_tile,
@@ -51,12 +52,6 @@ PROGRAMS = 4 * 132
 
 PART = 8192
 """A part has at least this many logits; in the backward, exactly."""
-
-
-@triton.jit
-def _offset(row, T, b, t):
-    """Where row b T + t of a [B, T] tensor with these strides lies; 64 bits."""
-    return (row // T).to(tl.int64) * b + (row % T).to(tl.int64) * t
 
 
 @triton.jit
@@ -115,15 +110,15 @@ def log_probs_kernel(
     part = tl.program_id(0) % parts
     keep = row < M
     if mask is not None:
-        keep = tl.load(mask + _offset(row, T, mask_b, mask_t)) != 0
+        keep = tl.load(mask + row_offset(row, T, mask_b, mask_t)) != 0
     temperature = number(temperature)
     begin = part * part_size
     count = tl.where(keep, tl.minimum(V - begin, part_size), 0)
-    logits += _offset(row, T, logits_b, logits_t)
+    logits += row_offset(row, T, logits_b, logits_t)
     ENTROPY: tl.constexpr = entropy is not None
     m, l, s = softmax_of_row(logits + begin, count, LOG2E / temperature, K, W, VEC, ENTROPY)
     if partials is None:
-        index += _offset(row, T, index_b, index_t)
+        index += row_offset(row, T, index_b, index_t)
         _finish(
             *(logits, index, temperature, log_probs, entropy, stats, mark),
             *(V, row, row < M, keep, m, l, s),
@@ -163,7 +158,7 @@ def log_probs_merge_kernel(
     row = tl.program_id(0)
     keep = row < M
     if mask is not None:
-        keep = tl.load(mask + _offset(row, T, mask_b, mask_t)) != 0
+        keep = tl.load(mask + row_offset(row, T, mask_b, mask_t)) != 0
     temperature = number(temperature)
     part = tl.arange(0, PARTS)
     own = partials + (row.to(tl.int64) * parts + part) * 3
@@ -171,8 +166,8 @@ def log_probs_merge_kernel(
     l = tl.load(own + 1, mask=part < parts, other=0.0)
     s = tl.load(own + 2, mask=part < parts, other=0.0)
     m, l, s = softmax_merged(m, l, s, LOG2E / temperature, entropy is not None, 0)
-    logits += _offset(row, T, logits_b, logits_t)
-    index += _offset(row, T, index_b, index_t)
+    logits += row_offset(row, T, logits_b, logits_t)
+    index += row_offset(row, T, index_b, index_t)
     _finish(
         *(logits, index, temperature, log_probs, entropy, stats, mark),
         *(V, row, row < M, keep, m, l, s),
@@ -210,16 +205,16 @@ def log_probs_tile_kernel(
     inside = row < M
     keep = inside
     if mask is not None:
-        keep = tl.load(mask + _offset(row, T, mask_b, mask_t), mask=inside, other=False) != 0
+        keep = tl.load(mask + row_offset(row, T, mask_b, mask_t), mask=inside, other=False) != 0
     temperature = number(temperature)
-    rows = logits + _offset(row, T, logits_b, logits_t)
+    rows = logits + row_offset(row, T, logits_b, logits_t)
     x = tl.load(
         rows[:, None] + column[None, :],
         mask=keep[:, None] & (column < V)[None, :],
         other=float("-inf"),
     ).to(tl.float32)
     m, l, s = softmax_of_tile(x, LOG2E / temperature, entropy is not None)
-    index += _offset(row, T, index_b, index_t)
+    index += row_offset(row, T, index_b, index_t)
     _finish(
         *(rows, index, temperature, log_probs, entropy, stats, mark),
         *(V, row, inside, keep, m, l, s),
@@ -251,17 +246,6 @@ def _coefficients(g, h, stats, temperature, row, keep):
     offset = (up_entropy * (s / l * LN2) - up) / (temperature * l)
     slope = up_entropy * (-LN2 / temperature) / l
     return m, offset, slope, up / temperature, active
-
-
-@triton.jit
-def _gradient(x, c, m, offset, slope, ENTROPY: tl.constexpr):
-    t = (x - m) * c
-    e = tl.exp2(t)
-    if ENTROPY:
-        gradient = e * (offset + slope * tl.maximum(t, FAR))
-    else:
-        gradient = e * offset
-    return gradient
 
 
 BACKWARD_SIZES = (
@@ -306,18 +290,18 @@ def log_probs_grad_kernel(
     begin = tl.program_id(0) % blocks * SIZE
     keep = row < M
     if mask is not None:
-        keep = tl.load(mask + _offset(row, T, mask_b, mask_t)) != 0
+        keep = tl.load(mask + row_offset(row, T, mask_b, mask_t)) != 0
     temperature = number(temperature)
     c = LOG2E / temperature
     if g is not None:
-        g += _offset(row, T, g_b, g_t)
+        g += row_offset(row, T, g_b, g_t)
     if h is not None:
-        h += _offset(row, T, h_b, h_t)
+        h += row_offset(row, T, h_b, h_t)
     m, offset, slope, peak, active = _coefficients(g, h, stats, temperature, row, keep)
-    y = tl.load(index + _offset(row, T, index_b, index_t), mask=active, other=0).to(tl.int32)
+    y = tl.load(index + row_offset(row, T, index_b, index_t), mask=active, other=0).to(tl.int32)
 
-    logits += _offset(row, T, logits_b, logits_t)
-    gradient += _offset(row, T, gradient_b, gradient_t)
+    logits += row_offset(row, T, logits_b, logits_t)
+    gradient += row_offset(row, T, gradient_b, gradient_t)
     head, out = aligned(gradient, V, VEC)
     source = logits + head
     if ALIGNED:
@@ -328,14 +312,14 @@ def log_probs_grad_kernel(
     if active:
         for start in tl.range(begin, tl.minimum(end, whole), TILE, num_stages=1):
             x = tl.load(source + start + lane).to(tl.float32)
-            dx = _gradient(x, c, m, offset, slope, h is not None)
+            dx = softmax_gradient(x, m, c, offset, slope, h is not None)
             dx += tl.where(lane == y - head - start, peak, 0.0)
             tl.store(out + start + lane, dx.to(out.dtype.element_ty))
         for start in tl.range(tl.maximum(begin, whole), end, TILE, num_stages=1):
             position = start + lane
             column = position + tl.where(position < V - head, head, head - V)
             x = tl.load(logits + column, mask=position < end, other=0.0).to(tl.float32)
-            dx = _gradient(x, c, m, offset, slope, h is not None)
+            dx = softmax_gradient(x, m, c, offset, slope, h is not None)
             dx += tl.where(column == y, peak, 0.0)
             tl.store(gradient + column, dx.to(out.dtype.element_ty), mask=position < end)
     else:
@@ -382,23 +366,23 @@ def log_probs_grad_tile_kernel(
     inside = row < M
     keep = inside
     if mask is not None:
-        keep = tl.load(mask + _offset(row, T, mask_b, mask_t), mask=inside, other=False) != 0
+        keep = tl.load(mask + row_offset(row, T, mask_b, mask_t), mask=inside, other=False) != 0
     temperature = number(temperature)
     if g is not None:
-        g += _offset(row, T, g_b, g_t)
+        g += row_offset(row, T, g_b, g_t)
     if h is not None:
-        h += _offset(row, T, h_b, h_t)
+        h += row_offset(row, T, h_b, h_t)
     m, offset, slope, peak, active = _coefficients(g, h, stats, temperature, row, keep)
-    y = tl.load(index + _offset(row, T, index_b, index_t), mask=active, other=0).to(tl.int32)
+    y = tl.load(index + row_offset(row, T, index_b, index_t), mask=active, other=0).to(tl.int32)
     is_column = (column < V)[None, :]
-    rows = logits + _offset(row, T, logits_b, logits_t)
+    rows = logits + row_offset(row, T, logits_b, logits_t)
     x = tl.load(rows[:, None] + column[None, :], mask=active[:, None] & is_column, other=0.0).to(
         tl.float32
     )
     c = LOG2E / temperature
-    dx = _gradient(x, c, m[:, None], offset[:, None], slope[:, None], h is not None)
+    dx = softmax_gradient(x, m[:, None], c, offset[:, None], slope[:, None], h is not None)
     dx += tl.where(column[None, :] == y[:, None], peak[:, None], 0.0)
-    out = gradient + _offset(row, T, gradient_b, gradient_t)
+    out = gradient + row_offset(row, T, gradient_b, gradient_t)
     tl.store(
         out[:, None] + column[None, :],
         tl.where(active[:, None], dx, 0.0).to(gradient.dtype.element_ty),
@@ -416,7 +400,7 @@ def log_probs_from_logits(
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `ppo_fast.functional.log_probs.log_probs_from_logits`."""
-    if (logits.shape[-1] > 1 and logits.stride(-1) != 1) or len(_leading(logits)) > 2:
+    if (logits.shape[-1] > 1 and logits.stride(-1) != 1) or len(leading(logits)) > 2:
         logits = logits.contiguous()
     if logits.requires_grad and torch.is_grad_enabled():
         results = _LogProbs.apply(logits, index, mask, temperature, with_entropy, inplace_backward)
@@ -475,25 +459,6 @@ class _LogProbs(torch.autograd.Function):
         return gradient, None, None, None, None, None
 
 
-def _leading(logits: Tensor) -> list[tuple[int, int]]:
-    """Size and stride of the dimensions before the last, merged as far as they can be."""
-    dims: list[tuple[int, int]] = []
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if dims and dims[-1][1] == size * stride:
-            dims[-1] = dims[-1][0] * size, stride
-        else:
-            dims.append((size, stride))
-    return dims
-
-
-def _rows(logits: Tensor) -> tuple[int, int, tuple[int, int]]:
-    """`(B, T, strides)` of logits whose rows are [B, T]."""
-    dims = [(1, 0), (1, 0), *_leading(logits)][-2:]
-    return dims[0][0], dims[1][0], (dims[0][1], dims[1][1])
-
-
 def _strides(x: Tensor | None, B: int, T: int) -> tuple[Tensor | None, tuple[int, int]]:
     """A tensor with one entry a row as [B, T], by one copy where no view is; and its strides."""
     if x is None:
@@ -541,7 +506,7 @@ def _log_probs(
     M, V = index.numel(), logits.shape[-1]
     if M == 0:
         return log_probs, entropy, stats
-    B, T, logits_strides = _rows(logits)
+    B, T, logits_strides = rows_of(logits)
     index, index_strides = _strides(index, B, T)
     mask, mask_strides = _strides(mask, B, T)
 
@@ -615,7 +580,7 @@ def _write_gradient(
     M, V = index.numel(), logits.shape[-1]
     if M == 0:
         return
-    B, T, logits_strides = _rows(logits)
+    B, T, logits_strides = rows_of(logits)
     gradient_strides = logits_strides if gradient.stride() == logits.stride() else (T * V, V)
     index, index_strides = _strides(index, B, T)
     mask, mask_strides = _strides(mask, B, T)

@@ -86,13 +86,8 @@ class ExplicitLoss:
             values=values,
             old_values=batch.values,
             returns=batch.returns,
-            ref_log_probs=None,
             mask=batch.mask,
             weights=batch.weights,
-            kl_coef=0.0,
-            kl_estimator="k3",
-            advantage_moments=None,
-            normalizer=None,
             **self.options(),
         )
         parameters = self._parameters(outputs)

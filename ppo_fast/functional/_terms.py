@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.functional.whiten import standardize
+from ppo_fast.functional.whiten import standardize, standardize_by
 
 Scalar = float | Tensor
 
@@ -159,8 +159,8 @@ def to_rows(
 
     advantages = row("advantages", t.advantages)
     if t.advantage_moments is not None:
-        advantages = _whitened_by(advantages, t.advantage_moments, ADVANTAGE_EPS)
-        advantages = advantages if drop is None else advantages.masked_fill(drop, 0.0)
+        moments = t.advantage_moments.to(dtype)
+        advantages, _ = standardize_by(moments, advantages, keep, ADVANTAGE_EPS)
     elif t.norm_adv:
         advantages, _ = standardize(advantages, keep, count, ADVANTAGE_EPS)
     rows = Rows(
@@ -175,12 +175,6 @@ def to_rows(
         keep if t.weights is None else row("weights", t.weights),
     )
     return rows, count, _reciprocal(count if t.normalizer is None else t.normalizer, dtype)
-
-
-def _whitened_by(x: Tensor, moments: Tensor, eps: float) -> Tensor:
-    count, mean, squares = moments.to(x.dtype).unbind()
-    whitened = (x - mean) / ((squares / (count - 1).clamp(min=1)).sqrt() + eps)
-    return torch.where(count < 2, x, whitened)
 
 
 def flat(op: str, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -91,7 +91,7 @@ def masked_whiten(
     if moments is None:
         whitened, mean = standardize(flat, keep, count, eps)
     else:
-        whitened, mean = _standardize_by(moments.to(flat.dtype), flat, keep, eps)
+        whitened, mean = standardize_by(moments.to(flat.dtype), flat, keep, eps)
     if not shift_mean:
         whitened = whitened + (mean if keep is None else mean * keep)
     return whitened.reshape(x.shape)
@@ -122,7 +122,7 @@ def standardize(
     return torch.where(alone, x, deviation / (std + eps)), torch.where(alone, 0.0, mean)
 
 
-def _standardize_by(
+def standardize_by(
     moments: Tensor, x: Tensor, keep: Tensor | None, eps: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """`standardize` with the count, mean and sum of squared deviations given."""

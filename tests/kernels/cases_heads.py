@@ -380,7 +380,7 @@ MUTANTS = [
     Mutant(HEADS, "largest = tl.maximum(largest, xs[k])", "largest = largest", "peaked"),
     Mutant(HEADS, "(taken - largest) * inv_temperature", "(taken - largest)", "temperature"),
     Mutant(
-        HEADS,
+        "_surrogate.py",
         "ILLEGAL = tl.constexpr(-1e9)",
         "ILLEGAL = tl.constexpr(-9.0)",
         "illegal actions taken",

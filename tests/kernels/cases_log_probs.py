@@ -138,5 +138,5 @@ MUTANTS = [
     LOG_PROBS("(-LN2 / temperature) / l", "(-LN2) / l", "short, all options"),
     LOG_PROBS("lane == y - head - start", "lane == y - start", "long, sliced"),
     LOG_PROBS("slope, up / temperature, active", "slope, up, active", "short, all options"),
-    LOG_PROBS("(row % T).to(tl.int64) * t", "(row // T).to(tl.int64) * t", "long, sliced"),
+    Mutant("_rows.py", "(row % T).to(tl.int64) * t", "(row // T).to(tl.int64) * t", "long, sliced"),
 ]
