@@ -24,7 +24,7 @@ setup(
         "numpy>=1.26",
         "gymnasium>=1.1",
         # No wheels for macOS; stages are then timed without ranges.
-        "nvtx>=0.2.10; platform_system != 'Darwin'",
+        "nvtx>=0.2.12",
         # Wheels exist for Linux only; everything imports and runs without it.
         "triton>=3.4; platform_system == 'Linux'",
     ],

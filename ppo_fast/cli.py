@@ -1,4 +1,4 @@
-"""The `ppo-fast` command: train, eval, plot, doctor, bench report."""
+"""The `ppo-fast` command: train, eval, plot, doctor, profile, bench report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import logging
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from gymnasium.error import DependencyNotInstalled
 
 from ppo_fast.config import ControlConfig
 from ppo_fast.extras import require
+from ppo_fast.profiling import captured_iterations, phase_table, stage_seconds
 
 if TYPE_CHECKING:
     from ppo_fast.control.ppo import PPO
@@ -28,6 +30,7 @@ USAGE = """ppo-fast: PPO in PyTorch whose hot paths are Triton kernels
   ppo-fast eval RUN [--episodes N] [--video]
   ppo-fast plot RUN... [--out FILE]   learning curves; seeds of one environment are banded
   ppo-fast doctor                     versions, devices, backends, and a self-check of every op
+  ppo-fast profile -- train ENV_ID    any command under Nsight or torch.profiler; `ppo-fast profile --help`
   ppo-fast bench report               in a checkout: speed tables and pictures from benchmarks/results
 """
 
@@ -54,16 +57,11 @@ class TrainFlags(ControlConfig):
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.
 
-    Exits with 0, 1 (an error the message explains), 2 (usage), 130 (Ctrl-C) or 143 (SIGTERM).
+    Exits with 0, 1 (an error the message explains), 2 (usage), 127 (a profiler is missing), 130
+    (Ctrl-C) or 143 (SIGTERM).
     """
     arguments = sys.argv[1:] if argv is None else argv
-    commands: dict[str, Callable[[list[str]], None]] = {
-        "train": _train,
-        "eval": _eval,
-        "plot": _plot,
-        "doctor": _doctor,
-        "bench": _bench,
-    }
+    commands = _commands()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return
@@ -78,6 +76,17 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error, DependencyNotInstalled) or _is_ours(error):
             _fail(str(error), 1)
         raise
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    return {
+        "train": _train,
+        "eval": _eval,
+        "plot": _plot,
+        "doctor": _doctor,
+        "profile": _profile,
+        "bench": _bench,
+    }
 
 
 @contextmanager
@@ -156,17 +165,33 @@ def _resume(arguments: list[str]) -> None:
 def _run(model: PPO, learn: Callable[[Callable[[PPO], None]], object]) -> None:
     # Rates leave out imports and drawing, which would dominate short runs.
     marks: list[tuple[float, int]] = []
+    stages: dict[str, float] = defaultdict(float)
+
+    def add(seconds: dict[str, float]) -> None:
+        for stage, spent in seconds.items():
+            stages[stage] += spent
+
+    def iterated(model: PPO) -> None:
+        marks.append((time.perf_counter(), model.num_timesteps))
+        add(stage_seconds(model.metrics))
+        iteration_ended()
+
     before, started = model.num_timesteps, time.perf_counter()
     try:
-        learn(lambda model: marks.append((time.perf_counter(), model.num_timesteps)))
+        with captured_iterations() as iteration_ended:
+            learn(iterated)
     finally:
         # Worker processes that are gone cannot be told to go; why they went is the news.
         with suppress(OSError, EOFError):
             model.close()
     seconds = time.perf_counter() - started
+    add(model.timer.take())  # what came after the last iteration's metrics
+    in_stages = sum(spent for stage, spent in stages.items() if "/" not in stage)
+    stages["other"] = max(0.0, seconds - in_stages)
     (first, steps), (last, end) = marks[0], marks[-1]
     rate = f", {(end - steps) / (last - first):,.0f} a second while training" if end > steps else ""
     print(f"{end - before:,} steps in {seconds:.1f} s{rate}")
+    print(phase_table(stages))
     window = len(model.episodes.returns)
     reached = f"{model.metrics['rollout/ep_rew_mean']:.1f}" if window else "none finished"
     print(f"mean return of the last {window} episodes: {reached}")
@@ -243,6 +268,23 @@ def _doctor(arguments: list[str]) -> None:
     text, well = report()
     print(text)
     sys.exit(0 if well else 1)
+
+
+def _profile(arguments: list[str]) -> None:
+    from ppo_fast.profile_command import ProfileFlags, profile
+
+    tyro = require("tyro", "train", "the ppo-fast command")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    flags = tyro.cli(ProfileFlags, args=arguments[:end], prog="ppo-fast profile")
+    command = arguments[end + 1 :]
+    runnable = {name: run for name, run in _commands().items() if name != "profile"}
+    if not command or command[0] not in runnable:
+        _fail(
+            f"profile needs one of {', '.join(runnable)} after --, as in ppo-fast profile -- train "
+            f"CartPole-v1; got {' '.join(command) or 'nothing'}",
+            2,
+        )
+    profile(flags, command, lambda: runnable[command[0]](command[1:]))
 
 
 def _bench(arguments: list[str]) -> None:

@@ -158,9 +158,10 @@ class ControlConfig(PPOConfig):
     """environments stepped together; None means 8, or as many as a given vector environment has"""
     num_steps: int = 128
     """steps per environment between updates"""
-    vectorization: Literal["auto", "sync", "async"] = "auto"
-    """for environment ids and callables: the id's native vector form if it has one, else one process
-    (sync), or one process per environment (async)"""
+    vectorization: Literal["auto", "tensor", "native", "sync", "async"] = "auto"
+    """for environment ids and callables: in torch (tensor; classic control ids), the id's native vector
+    form or else one process (native), one process (sync), or one per environment (async); auto is the
+    first of these that there is"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of actor and critic"""
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
@@ -213,7 +214,7 @@ class ControlConfig(PPOConfig):
             _require(value > 0, field, value, "a number above 0")
         for field, allowed in (
             ("activation", ("tanh", "relu", "elu", "silu")),
-            ("vectorization", ("auto", "sync", "async")),
+            ("vectorization", ("auto", "tensor", "native", "sync", "async")),
         ):
             value = getattr(self, field)
             _require(value in allowed, field, value, f"one of {', '.join(allowed)}")

@@ -110,3 +110,46 @@ class Sample(NamedTuple):
 
     entropy: Tensor
     """float32 (float64 for float64 logits): entropy of the row's distribution, in nats."""
+
+
+class ActorCriticSpec(NamedTuple):
+    """An actor-critic of MLPs whose parameters lie in one flat vector.
+
+    In order: log_std [A] of a Gaussian policy, then weight [out, in] and bias [out] of every layer
+    of the shared trunk, of the actor (its last layer gives the logits or means) and of the critic.
+    """
+
+    obs_size: int
+    """D"""
+    shared_sizes: tuple[int, ...]
+    """widths of the hidden layers that actor and critic have in common; may be empty"""
+    actor_sizes: tuple[int, ...]
+    """widths of the actor's own hidden layers"""
+    critic_sizes: tuple[int, ...]
+    """widths of the critic's own hidden layers"""
+    num_outputs: int
+    """A, the actor's outputs"""
+    activation: str
+    """after every hidden layer: "tanh", "relu", "elu" or "silu" """
+    head_sizes: tuple[int, ...] | None
+    """choices of each categorical head, adding up to A; None for a Gaussian policy"""
+    squash: bool = False
+    """whether the environment receives tanh of a Gaussian policy's actions"""
+
+    @property
+    def layers(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(out, in) of every layer of the trunk, the actor and the critic."""
+        trunk = tuple(zip(self.shared_sizes, (self.obs_size, *self.shared_sizes), strict=False))
+        features = self.shared_sizes[-1] if self.shared_sizes else self.obs_size
+        actor, critic = (*self.actor_sizes, self.num_outputs), (*self.critic_sizes, 1)
+        return (
+            trunk,
+            tuple(zip(actor, (features, *actor), strict=False)),
+            tuple(zip(critic, (features, *critic), strict=False)),
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Length of the flat vector."""
+        log_std = self.num_outputs if self.head_sizes is None else 0
+        return log_std + sum(out * (size + 1) for net in self.layers for out, size in net)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ppo_fast.functional.gae import gae
 from ppo_fast.functional.whiten import masked_whiten
-from ppo_fast.tree import Tree, tree_map
+from ppo_fast.tree import Tree, tree_leaves, tree_map
 
 
 @dataclass
@@ -40,6 +39,15 @@ class Batch:
     def __len__(self) -> int:
         return self.advantages.shape[0]
 
+    def addresses(self) -> tuple[Any, ...]:
+        """Where its tensors lie and what shape they have: equal for batches in the same memory."""
+        found: list[Any] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            leaves = [] if value is None else [leaf for _, leaf in tree_leaves(value)]
+            found += [(leaf.data_ptr(), tuple(leaf.shape)) for leaf in leaves] or [None]
+        return tuple(found)
+
     def take(self, index: Tensor) -> Batch:
         """The samples at `index` [K] int64."""
         chosen: dict[str, Any] = {}
@@ -49,12 +57,6 @@ class Batch:
                 None if value is None else tree_map(lambda leaf: leaf.index_select(0, index), value)
             )
         return Batch(**chosen)
-
-    def minibatches(self, num_minibatches: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield every sample once, in `num_minibatches` parts, equal up to one row, newly shuffled."""
-        order = torch.randperm(len(self), generator=generator, device=self.advantages.device)
-        for index in order.tensor_split(num_minibatches):
-            yield self.take(index)
 
     def without_masked_rows(self) -> Batch:
         """The samples that are transitions; waits for a GPU, whose shapes had better stay as they are."""
@@ -93,8 +95,13 @@ class Rollout:
     all_valid: bool = True
     """whether no row is masked, so that the mask need not be read"""
 
+    def __post_init__(self) -> None:
+        """Allocate what `to_batch` fills, at addresses that a CUDA graph may hold on to."""
+        self.advantages = torch.empty_like(self.rewards)
+        self.returns = torch.empty_like(self.rewards)
+
     def to_batch(self, gamma: float, gae_lambda: float, norm_adv: bool) -> Batch:
-        """Estimate advantages and returns, and drop the time dimension.
+        """Estimate advantages and returns, and drop the time dimension; the batch is overwritten by the next.
 
         Args:
             gamma, gae_lambda: see `gae`.
@@ -114,13 +121,15 @@ class Rollout:
         )
         if norm_adv:
             advantages = masked_whiten(advantages, mask)
+        self.advantages.copy_(advantages)
+        self.returns.copy_(returns)
         return Batch(
             inputs=tree_map(lambda leaf: leaf[:-1].flatten(0, 1), self.inputs),
             actions=self.actions.flatten(0, 1),
             log_probs=self.log_probs.flatten(),
             values=self.values[:-1].flatten(),
-            advantages=advantages.flatten(),
-            returns=returns.flatten(),
+            advantages=self.advantages.flatten(),
+            returns=self.returns.flatten(),
             mask=None if mask is None else mask.flatten(),
             action_mask=None if self.action_mask is None else self.action_mask.flatten(0, 1),
         )

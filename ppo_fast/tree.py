@@ -30,9 +30,27 @@ def tree_leaves(tree: A | dict[str, A]) -> Iterator[tuple[str, A]]:
         yield "", tree
 
 
-def tree_rows(tree: Tree, rows: slice) -> Tree:
-    """The given rows of every leaf, as views."""
+def tree_copy(to: Tree, tree: Tree) -> None:
+    """Copy every leaf into that of the same path."""
+    if isinstance(to, Tensor):
+        assert isinstance(tree, Tensor)
+        to.copy_(tree)
+        return
+    for name, leaf in tree_leaves(tree):
+        to[name].copy_(leaf)
+
+
+def tree_rows(tree: Tree, rows: slice | Tensor) -> Tree:
+    """The given rows of every leaf; of a slice, as views."""
     return tree_map(lambda leaf: leaf[rows], tree)
+
+
+def tree_unbind(tree: Tree) -> list[Tree]:
+    """Every row of the leaves as a tree of its own, views."""
+    if isinstance(tree, Tensor):
+        return list(tree.unbind(0))
+    rows = zip(*(leaf.unbind(0) for leaf in tree.values()), strict=True)
+    return [dict(zip(tree, row, strict=True)) for row in rows]
 
 
 def tree_cat(trees: Sequence[Tree]) -> Tree:

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.capture import may_read
 from ppo_fast.config import PPOConfig
+from ppo_fast.profiling import span
 from ppo_fast.results import PPO_STATS, PPOLoss
 from ppo_fast.rollout import Batch
 
 Scalar = Tensor | float
 
 APPROX_KL = PPO_STATS.index("approx_kl")
+
+ONE = torch.ones(())
+"""Adding a Python number to a small tensor takes twice as long."""
 
 # rsl_rl's bounds for the KL-adaptive learning rate.
 ADAPTIVE_LR_MIN, ADAPTIVE_LR_MAX = 1e-5, 1e-2
@@ -67,18 +72,35 @@ class FlatAdam:
             for dtype in dict.fromkeys(p.dtype for p in trainable)
         ]
 
+    def flat(self, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """The flat parameters [P] and gradients [P], if they hold exactly these, in this order.
+
+        Raises:
+            ValueError: they do not.
+        """
+        offset, group = 0, self._groups[0]
+        for parameter in parameters:
+            if parameter.data_ptr() != group.parameters[offset:].data_ptr():
+                raise ValueError(
+                    "FlatAdam: its buffer does not hold these parameters in this order"
+                )
+            offset += parameter.numel()
+        if offset != group.parameters.numel() or len(self._groups) > 1:
+            raise ValueError("FlatAdam: its buffers hold more than these parameters")
+        return group.parameters, group.gradients
+
     def zero_grad(self) -> None:
         """Zero all gradients."""
         for group in self._groups:
             group.gradients.zero_()
 
-    def step(self, loss: Tensor, veto: Tensor | None = None) -> tuple[Scalar, Scalar]:
+    def step(self, loss: Tensor | None, veto: Tensor | None = None) -> tuple[Scalar, Scalar]:
         """Clip and step, unless the loss or a gradient is not finite, or `veto` forbids it.
 
         A NaN loss may leave finite gradients, of the rows that were well; so it is asked too.
 
         Args:
-            loss: 0-d.
+            loss: 0-d, or None where it need not be asked.
             veto: 0-d bool.
 
         Returns:
@@ -87,9 +109,10 @@ class FlatAdam:
         """
         norms = [_norm(group.gradients) for group in self._groups]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        if self.device.type == "cpu":
-            return self._step_on_cpu(float(norm), float(loss), veto)
-        finite = norm + loss.abs() < math.inf  # False for NaN too
+        if may_read(self.device):
+            return self._step_by_numbers(float(norm), 0.0 if loss is None else float(loss), veto)
+        # False for NaN too.
+        finite = (norm if loss is None else norm + loss.abs()) < math.inf
         forbidden = (~finite if veto is None else ~finite | veto).float()
         scale = (self.max_grad_norm / (norm + 1e-6)).clamp_(max=1.0)
         for group in self._groups:
@@ -98,14 +121,14 @@ class FlatAdam:
             self._adam(group, forbidden)
         return norm, finite
 
-    def _step_on_cpu(self, norm: float, loss: float, veto: Tensor | None) -> tuple[float, bool]:
-        """The same with numbers, which are free to read here and spare ten operations a step."""
+    def _step_by_numbers(self, norm: float, loss: float, veto: Tensor | None) -> tuple[float, bool]:
+        """The same with numbers, which are free to read on a CPU and spare ten operations a step."""
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite and not (veto is not None and veto):
             for group in self._groups:
                 if norm + 1e-6 > self.max_grad_norm:
                     group.gradients.mul_(self.max_grad_norm / (norm + 1e-6))
-                group.steps.add_(1)
+                group.steps.add_(ONE)
                 self._adam(group, None)
         return norm, finite
 
@@ -190,6 +213,57 @@ class UpdateStats(NamedTuple):
     """0-d, 1 if target_kl ended the update early"""
 
 
+class Minibatches(Protocol):
+    """Computes the gradients of an update's minibatches, one after another."""
+
+    def begin(self, epoch: int, order: Tensor) -> None:
+        """Cut the samples, in the order `order` [M] int64, into the minibatches of an epoch."""
+
+    def run(self, number: int) -> Tensor | None:
+        """Leave the gradient of a minibatch, numbered over all epochs, in the parameters' `grad`.
+
+        Returns its loss, or None where a loss that is not finite always shows in the gradient.
+        """
+
+    def approx_kl(self) -> Tensor:
+        """Of the minibatch run last, 0-d."""
+
+    def stats(self) -> Tensor:
+        """[S, len(PPO_STATS)] of all that were run."""
+
+
+class Gathered:
+    """Minibatches that a loss function gets as batches of their own."""
+
+    def __init__(
+        self, loss: Callable[[Batch], PPOLoss], optimizer: FlatAdam, batch: Batch, number: int
+    ) -> None:
+        self._loss, self._optimizer, self._batch, self._number = loss, optimizer, batch, number
+        self._order: tuple[Tensor, ...] = ()
+        self._stats: list[Tensor] = []
+
+    def begin(self, epoch: int, order: Tensor) -> None:
+        """See `Minibatches`."""
+        self._order = order.tensor_split(self._number)
+
+    def run(self, number: int) -> Tensor:
+        """See `Minibatches`."""
+        self._optimizer.zero_grad()
+        result = self._loss(self._batch.take(self._order[number % self._number]))
+        if result.loss.requires_grad:
+            result.loss.backward()
+        self._stats.append(result.stats)
+        return result.loss.detach()
+
+    def approx_kl(self) -> Tensor:
+        """See `Minibatches`."""
+        return self._stats[-1][APPROX_KL]
+
+    def stats(self) -> Tensor:
+        """See `Minibatches`."""
+        return torch.stack(self._stats)
+
+
 def ppo_update(
     loss: Callable[[Batch], PPOLoss],
     optimizer: FlatAdam,
@@ -201,65 +275,64 @@ def ppo_update(
 
     Args:
         loss: the loss of a minibatch: one whose gradient flows to the optimizer's parameters, or a
-            detached one whose gradient is in the parameters' `grad` already.
+            detached one whose gradient is in the parameters' `grad` already. Its attribute
+            `minibatches(batch, config) -> Minibatches`, where it has one, is used instead.
         optimizer: steps once per minibatch.
-        batch: M samples, M divisible by `num_minibatches`.
+        batch: M samples; they are cut into minibatches of equal size, up to one row.
         config: `update_epochs`, `num_minibatches`, `target_kl`, `adaptive_lr_kl`.
         generator: draws a new permutation for every epoch, on the batch's device.
 
     Schulman et al. 2017 (arXiv:1707.06347), algorithm 1. With `target_kl`, the minibatch whose
     approx_kl exceeds it is not stepped on, nor is any after it.
     """
-    on_cpu = optimizer.device.type == "cpu"
+    can_stop = may_read(optimizer.device)
+    per_epoch = config.num_minibatches
+    if hasattr(loss, "minibatches"):
+        minibatches: Minibatches = loss.minibatches(batch, config)
+    else:
+        minibatches = Gathered(loss, optimizer, batch, per_epoch)
     stopped: Tensor | None = None
     if config.target_kl is not None:
         stopped = torch.zeros((), dtype=torch.bool, device=optimizer.device)
     # One entry a minibatch; summed up once, after the last.
-    stats: list[Tensor] = []
     norms: list[Scalar] = []
     stepped: list[Scalar] = []
     going: list[Tensor] = []
-    epochs: list[int] = []
-    for epoch in range(config.update_epochs):
-        for minibatch in batch.minibatches(config.num_minibatches, generator):
-            optimizer.zero_grad()
-            result = loss(minibatch)
-            if result.loss.requires_grad:
-                result.loss.backward()
+    for number in range(config.update_epochs * per_epoch):
+        if number % per_epoch == 0:
+            order = torch.randperm(len(batch), generator=generator, device=optimizer.device)
+            minibatches.begin(number // per_epoch, order)
+        with span("update/minibatch"):
+            value = minibatches.run(number)
             if stopped is not None and config.target_kl is not None:
-                stopped = stopped | (result.stats[APPROX_KL] > config.target_kl)
+                stopped = stopped | (minibatches.approx_kl() > config.target_kl)
             if config.adaptive_lr_kl is not None:
-                _adapt_learning_rate(optimizer.lr, result.stats[APPROX_KL], config.adaptive_lr_kl)
-            norm, finite = optimizer.step(result.loss.detach(), stopped)
-            epochs.append(epoch)
-            stats.append(result.stats)
+                _adapt_learning_rate(optimizer.lr, minibatches.approx_kl(), config.adaptive_lr_kl)
+            norm, finite = optimizer.step(value, stopped)
             norms.append(norm)
             if stopped is not None:
                 going.append(~stopped)
                 finite = going[-1] & finite
             stepped.append(finite)
-            if on_cpu and stopped is not None and stopped:
-                break
-        if on_cpu and stopped is not None and stopped:
+        if can_stop and stopped is not None and stopped:
             break
-    return _summarise(stats, norms, stepped, going, epochs, stopped)
+    return _summarise(minibatches.stats(), norms, stepped, going, per_epoch, stopped)
 
 
 def _summarise(
-    stats: list[Tensor],
+    rows: Tensor,
     norms: list[Scalar],
     stepped: list[Scalar],
     going: list[Tensor],
-    epochs: list[int],
+    per_epoch: int,
     stopped: Tensor | None,
 ) -> UpdateStats:
-    rows = torch.stack(stats)
     used = _column(stepped, rows.device)
     # Selected, not multiplied: a skipped minibatch's NaN must not hide what the others did.
     rows_used = torch.where(used.unsqueeze(1), rows, 0.0)
     steps = used.sum().float()
     at_least_one = steps.clamp(min=1)
-    epoch = torch.tensor(epochs, device=used.device)
+    epoch = torch.arange(len(stepped), device=used.device) // per_epoch
     last = used & (epoch == torch.where(used, epoch, -1).amax())
     kls = torch.where(last, rows[:, APPROX_KL], 0.0)
     return UpdateStats(
@@ -268,7 +341,7 @@ def _summarise(
         last_kl=kls.sum() / last.sum().clamp(min=1),
         grad_norm=torch.where(used, _column(norms, rows.device), 0.0).sum() / at_least_one,
         steps=steps,
-        skipped=(torch.stack(going).sum() if going else len(stats)) - steps,
+        skipped=(torch.stack(going).sum() if going else len(stepped)) - steps,
         stopped=torch.zeros_like(steps) if stopped is None else stopped.float(),
     )
 

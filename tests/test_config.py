@@ -65,7 +65,7 @@ from ppo_fast.control.recipes import RECIPES, recipe
         ({"activation": "gelu"}, "activation = 'gelu'; expected one of tanh, relu, elu, silu"),
         (
             {"vectorization": "thread"},
-            "vectorization = 'thread'; expected one of auto, sync, async",
+            "vectorization = 'thread'; expected one of auto, tensor, native, sync, async",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from ppo_fast import PPO
 from ppo_fast.control.collect import Collector
 from ppo_fast.control.make_envs import EnvPoolEnv, make_environments
+from ppo_fast.control.tensor_envs import TensorEnv
 from ppo_fast.distributions import distribution_for
 
 MODES = list(AutoresetMode)
@@ -84,7 +85,7 @@ def collector_for(env, steps=8, num_envs=None, policy=None):
 
 
 def test_an_id_with_a_native_vector_form_gets_it():
-    envs = make_environments("CartPole-v1", 3, "auto")
+    envs = make_environments("CartPole-v1", 3, "native")
     assert isinstance(envs.env, CartPoleVectorEnv) and envs.num_envs == 3
     assert envs.mode == AutoresetMode.NEXT_STEP and envs.env_id == "CartPole-v1"
 
@@ -99,18 +100,24 @@ def test_vectorization_overrides_the_native_form(vectorization, kind):
     envs.close()
 
 
+def test_an_id_with_a_form_in_torch_gets_that_first():
+    envs = make_environments("Acrobot-v1", 3, "auto")
+    assert isinstance(envs.env, TensorEnv) and envs.env_id == "Acrobot-v1"
+    assert isinstance(make_environments("FrozenLake-v1", 3, "auto").env, SyncVectorEnv)
+
+
 def test_an_id_without_a_native_form_steps_in_this_process_and_resets_in_the_same_step():
-    envs = make_environments("Acrobot-v1", None, "auto")
+    envs = make_environments("Acrobot-v1", None, "native")
     assert isinstance(envs.env, SyncVectorEnv) and envs.mode == AutoresetMode.SAME_STEP
     assert envs.num_envs == 8
 
 
 def test_ids_keep_their_time_limit():
-    for vectorization in ("auto", "sync"):
+    for vectorization in ("auto", "native", "sync"):
         envs = make_environments("CartPole-v1", 1, vectorization)
         limits = (
             [envs.env.max_episode_steps]
-            if vectorization == "auto"
+            if vectorization != "sync"
             else [env.spec.max_episode_steps for env in envs.env.envs]
         )
         assert limits == [500]

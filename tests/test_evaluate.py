@@ -66,7 +66,7 @@ def test_short_episodes_are_not_over_represented():
 
 
 def test_the_models_own_id_is_made_anew_and_its_environments_are_left_alone():
-    model = PPO("CartPole-v1", num_envs=2, **SMALL).learn(16)
+    model = PPO("CartPole-v1", num_envs=2, vectorization="native", **SMALL).learn(16)
     before = model.envs.env.state.copy()
     obs = model.collector.rollout.inputs[-1].clone()
     result = evaluate(model, episodes=3)

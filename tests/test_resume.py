@@ -636,7 +636,7 @@ def test_sigterm_and_a_second_ctrl_c_end_the_command_with_their_codes(tmp_path):
 @pytest.fixture(scope="module")
 def cartpole(tmp_path_factory):
     file = tmp_path_factory.mktemp("loaded") / "cartpole.safetensors"
-    PPO("CartPole-v1", **SMALL).learn(2 * ITERATION).save(file)
+    PPO("CartPole-v1", vectorization="native", **SMALL).learn(2 * ITERATION).save(file)
     return file
 
 

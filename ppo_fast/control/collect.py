@@ -16,14 +16,16 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor, nn
 
+from ppo_fast.capture import Phase, may_read
+from ppo_fast.control.actor import make_actor
 from ppo_fast.control.envs import Environments, Step
-from ppo_fast.control.loss import make_actor
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
 from ppo_fast.control.spaces import allocate
 from ppo_fast.distributions import Categorical, DiagGaussian
 from ppo_fast.models import critic_of
+from ppo_fast.profiling import ranged
 from ppo_fast.rollout import Rollout
-from ppo_fast.tree import Tree, tree_cat, tree_leaves, tree_map, tree_rows
+from ppo_fast.tree import Tree, tree_cat, tree_copy, tree_leaves, tree_map, tree_rows, tree_unbind
 
 # Rows of a batched pass are chunked to about this many input elements, which stay in cache.
 CHUNK_ELEMENTS = 1 << 21
@@ -62,7 +64,6 @@ class Collector:
         self.envs = envs
         self.policy = policy
         self.distribution = distribution
-        self._actor = make_actor(policy)
         self.device = device
         self.generator = generator
         self.obs_normalizers = obs_normalizers
@@ -84,8 +85,14 @@ class Collector:
             bootstrap_values=torch.zeros(steps, width, device=device),
             log_probs=torch.zeros(steps, width, device=device),
         )
-        self._input_rows = tree_map(lambda leaf: leaf.unbind(0), self.rollout.inputs)
-        self._action_rows = self.rollout.actions.unbind(0)
+        self._actor = make_actor(policy, distribution, self.rollout.actions)
+        self._input_rows = tree_unbind(self.rollout.inputs)
+        # Last observations of all environments at every step: only where picking the truncated ones
+        # would wait for a GPU.
+        self._dense_finals: Tree | None = None
+        self._dense_rows: list[Tree] = []
+        generators = [generator, *([envs.env.generator] if envs.capturable else [])]
+        self._phase = Phase("rollout", self._step_and_score, device, generators)
         self._staged = False
         self._ignored: Any = None
         self.raw_rewards = np.zeros((steps, width), np.float32)
@@ -141,7 +148,9 @@ class Collector:
             "mask": r.mask,
         }
         if self.envs.on_device:
-            self._columns: dict[str, Any] = columns
+            self._columns: dict[str, Any] = {
+                name: column.unbind(0) for name, column in columns.items()
+            }
         elif self.device.type == "cpu":
             self._columns = {name: column.numpy() for name, column in columns.items()}
         else:
@@ -170,47 +179,63 @@ class Collector:
         """
         r = self.rollout
         r.all_valid = self.envs.mode != AutoresetMode.NEXT_STEP
-        steps = self.num_steps
-        tree_map(lambda rows: rows[0].copy_(rows[steps]), self._input_rows)
-        noise = self.distribution.noise((steps, self.envs.num_envs), self.device, self.generator)
-        finals: list[tuple[int, Tree, Any]] = []
-        acting = stepping = 0.0
+        self._acting = self._stepping = self._scoring = 0.0
         started = time.perf_counter()
-        for t, noise_row in enumerate(noise.unbind(0)):
-            before = time.perf_counter()
-            env_actions = self._act(t, noise_row)
-            acted = time.perf_counter()
-            step = self.envs.step(env_actions)
-            stepped = time.perf_counter()
-            acting += acted - before
-            stepping += stepped - acted
-            self._store(t, step, finals)
-        self._finish_columns()
-        scoring = time.perf_counter()
-        self._score(finals)
+        if self.envs.capturable:
+            self._phase()
+        else:
+            self._step_and_score()
         self._check_finite()
+        self.raw_rewards = r.rewards.cpu().numpy().copy()
         if self.reward_normalizer is not None:
             done = r.terminated | r.truncated
             mask = None if r.all_valid else r.mask
             r.rewards.copy_(self.reward_normalizer.normalize(r.rewards, done, mask))
-        ended = time.perf_counter()
         self.seconds = {
-            "inference": acting + ended - scoring,
-            "environment": stepping,
-            "storing": scoring - started - acting - stepping,
+            "inference": self._acting + self._scoring,
+            "environment": self._stepping,
+            "storing": time.perf_counter()
+            - started
+            - self._acting
+            - self._stepping
+            - self._scoring,
         }
         return r
 
-    def _act(self, t: int, noise: Tensor) -> Any:
-        obs = tree_map(lambda rows: rows[t], self._input_rows)
-        mask = self._action_mask(t)
-        parameters = self._actor(obs)
-        actions = self.distribution.sample(parameters, noise, mask)
-        self._action_rows[t].copy_(actions)
+    def _step_and_score(self) -> None:
+        """Fill the rollout; on tensor environments without ever waiting for the device."""
+        steps = self.num_steps
+        tree_copy(self._input_rows[0], self._input_rows[steps])
+        shape = (steps, self.envs.num_envs)
+        self._actor.begin(self.distribution.noise(shape, self.device, self.generator))
+        if self.envs.capturable:
+            self.envs.env.begin_sequence()
+        finals: list[tuple[int, Tree, Any]] = []
+        clock = time.perf_counter
+        act = ranged("rollout/inference", self._act)
+        step_envs = ranged("rollout/environment", self.envs.step)
+        acting = stepping = 0.0
+        for t in range(steps):
+            before = clock()
+            env_actions = act(t)
+            acted = clock()
+            step = step_envs(env_actions)
+            stepped = clock()
+            acting += acted - before
+            stepping += stepped - acted
+            self._store(t, step, finals)
+        self._finish_columns()
+        scoring = clock()
+        ranged("rollout/inference", self._score)(finals)
+        self._acting, self._stepping, self._scoring = acting, stepping, clock() - scoring
+
+    def _act(self, t: int) -> Any:
+        actions = self._actor.act(t, self._input_rows[t], self._action_mask(t))
         actions = self.distribution.to_env(actions)
         if self.envs.on_device:
             return actions
-        return actions.cpu().numpy()
+        # A copy: environments may keep their actions, and the rollout's memory is used again.
+        return actions.cpu().numpy().copy()
 
     def _action_mask(self, t: int) -> Tensor | None:
         told = self.envs.action_masks()
@@ -222,7 +247,7 @@ class Collector:
         if told is None:
             return mask.fill_(True)
         mask.copy_(torch.as_tensor(told))
-        if self.device.type == "cpu":
+        if may_read(self.device):
             self._check_action_mask(mask.unsqueeze(0), t)
         return mask
 
@@ -238,22 +263,39 @@ class Collector:
 
     def _store(self, t: int, step: Step, finals: list[tuple[int, Tree, Any]]) -> None:
         columns = self._columns
-        columns["rewards"][t] = step.rewards
-        columns["terminated"][t] = step.terminated
-        columns["truncated"][t] = step.truncated
+        if self.envs.on_device:
+            columns["rewards"][t].copy_(step.rewards)
+            columns["terminated"][t].copy_(step.terminated)
+            columns["truncated"][t].copy_(step.truncated)
+        else:
+            columns["rewards"][t] = step.rewards
+            columns["terminated"][t] = step.terminated
+            columns["truncated"][t] = step.truncated
         if step.ignored is not None:
-            columns["mask"][t] = ~self._ignored
+            if self.envs.on_device:
+                torch.logical_not(self._ignored, out=columns["mask"][t])
+            else:
+                columns["mask"][t] = ~self._ignored
             self._ignored = step.ignored
         self._store_observation(step.obs, t + 1, step.ignored)
-        if step.final_obs is not None:
-            final = self._normalized(step.final_obs)
-            if step.final_index is not None:
-                finals.append((t, final, step.final_index))
-            elif self.device.type != "cpu" or bool(step.truncated.any()):
-                # All rows at once: picking the truncated ones would wait for the GPU.
-                self.rollout.bootstrap_values[t] = self._final_values(final)
+        if step.final_obs is None:
+            return
+        if step.final_index is not None:
+            finals.append((t, self._normalized(step.final_obs), step.final_index))
+        else:
+            self._store_dense_final(t, self._normalized(step.final_obs))
+
+    def _store_dense_final(self, t: int, final: Tree) -> None:
+        if self._dense_finals is None:
+            self._dense_finals = tree_map(
+                lambda leaf: leaf.new_zeros(self.num_steps, *leaf.shape), final
+            )
+            self._dense_rows = tree_unbind(self._dense_finals)
+        tree_copy(self._dense_rows[t], final)
 
     def _normalized(self, obs: Any) -> Tree:
+        if self.envs.capturable and not self.obs_normalizers:
+            return obs
         named = obs if isinstance(obs, dict) else {"": obs}
         leaves = {}
         for path, like in tree_leaves(self.rollout.inputs):
@@ -263,23 +305,26 @@ class Collector:
         return leaves[""] if "" in leaves else leaves
 
     def _store_observation(self, obs: Any, row: int, ignored: Any) -> None:
+        if self.envs.capturable and not self.obs_normalizers:
+            tree_copy(self._input_rows[row], obs)
+            return
         named = obs if isinstance(obs, dict) else {"": obs}
         valid = None
         if self.obs_normalizers and ignored is not None:
             # An observation no action answers is left out of the statistics in every mode alike.
             valid = ~torch.as_tensor(ignored, device=self.device)
-        for path, rows in tree_leaves(self._input_rows):
+        for path, stored in tree_leaves(self._input_rows[row]):
             leaf = _tensor(named[path])
             normalizer = self.obs_normalizers.get(path)
             if normalizer is not None:
                 counted = valid
-                if leaf.device.type != "cpu" or not leaf.isfinite().all():
+                if not may_read(leaf.device) or not leaf.isfinite().all():
                     finite = leaf.isfinite().view(leaf.shape[0], -1).all(1).to(self.device)
                     counted = finite if valid is None else finite & valid
-                leaf = leaf.to(device=self.device, dtype=rows[row].dtype)
+                leaf = leaf.to(device=self.device, dtype=stored.dtype)
                 normalizer.update(leaf, counted)
                 leaf = normalizer(leaf) if counted is valid else _visibly(normalizer, leaf)
-            rows[row].copy_(leaf)
+            stored.copy_(leaf)
 
     def _finish_columns(self) -> None:
         r = self.rollout
@@ -288,7 +333,6 @@ class Collector:
                 getattr(r, name).copy_(torch.from_numpy(column))
         if not self.envs.on_device:
             r.all_valid = bool(self._columns["mask"].all())
-        self.raw_rewards = r.rewards.cpu().numpy().copy()
 
     def _score(self, finals: list[tuple[int, Tree, Any]]) -> None:
         """Values of all rows, log-probabilities of the taken actions, and bootstrap values."""
@@ -312,8 +356,23 @@ class Collector:
             r.bootstrap_values.copy_(r.values[1:])
         elif self.envs.approximate_truncation:
             r.bootstrap_values.copy_(r.values[:-1])
+        elif self._dense_finals is not None:
+            self._score_dense_finals(self._dense_finals, chunk)
         elif finals:
             self._score_finals(finals, chunk)
+
+    def _score_dense_finals(self, finals: Tree, chunk: int) -> None:
+        r = self.rollout
+        obs = tree_map(lambda leaf: leaf.flatten(0, 1), finals)
+        bootstrap = r.bootstrap_values.view(-1)
+        if not may_read(self.device):
+            for start in range(0, len(bootstrap), chunk):
+                part = slice(start, start + chunk)
+                bootstrap[part] = self._final_values(tree_rows(obs, part))
+            return
+        where = (r.truncated & ~r.terminated).view(-1).nonzero().squeeze(1)
+        for index in where.split(chunk) if len(where) else ():
+            bootstrap[index] = self._final_values(tree_rows(obs, index))
 
     def _score_finals(self, finals: list[tuple[int, Tree, Any]], chunk: int) -> None:
         where = torch.cat([torch.full((len(index),), t) for t, _, index in finals])
@@ -338,30 +397,38 @@ class Collector:
         return max(self.envs.num_envs, CHUNK_ELEMENTS // max(1, elements))
 
     def _check_finite(self) -> None:
-        """Refuse NaN and infinity before anything learns from them, and name their source."""
+        """Refuse NaN and infinity before anything learns from them, and name their source.
+
+        Waits for a GPU once.
+        """
         r = self.rollout
-        if r.actions.is_floating_point() and not r.actions.isfinite().all():
+        columns = {"action": r.actions}
+        columns |= {f"observation {path}".strip(): leaf for path, leaf in tree_leaves(r.inputs)}
+        columns["reward"] = r.rewards if r.all_valid else r.rewards.where(r.mask, 0.0)
+        # A value that is no number would be taken for a last observation that is none.
+        cut = r.truncated & ~r.terminated & r.values.isfinite().all()
+        columns["last observation of an episode"] = r.bootstrap_values.masked_fill(~cut, 0.0)
+        columns = {name: c for name, c in columns.items() if c.is_floating_point()}
+        finite = torch.stack([column.isfinite().all() for column in columns.values()])
+        if r.action_mask is not None and not may_read(self.device):
+            self._check_action_mask(r.action_mask, 0)
+        if finite.all():
+            return
+        name, column = next(
+            pair for pair, is_finite in zip(columns.items(), finite, strict=True) if not is_finite
+        )
+        if name == "action":
             raise FloatingPointError(
                 "the policy chose NaN or infinite actions; lower learning_rate, normalise observations "
                 "and rewards (norm_obs, norm_reward), or check the policy's outputs"
             )
-        if r.action_mask is not None and self.device.type != "cpu":
-            self._check_action_mask(r.action_mask, 0)
-        columns = {f"observation {path}".strip(): leaf for path, leaf in tree_leaves(r.inputs)}
-        columns["reward"] = r.rewards if r.all_valid else r.rewards.where(r.mask, 0.0)
-        if r.values.isfinite().all():
-            cut = r.truncated & ~r.terminated
-            columns["last observation of an episode"] = r.bootstrap_values.masked_fill(~cut, 0.0)
-        for name, column in columns.items():
-            if not column.is_floating_point() or column.isfinite().all():
-                continue
-            row, env = (~column.isfinite()).nonzero()[0, :2].tolist()
-            step = row - 1 if name.startswith("observation") else row
-            raise ValueError(
-                f"environment {env} returned {name} = {column[row, env].tolist()} "
-                f"{f'at step {step} of the rollout' if step >= 0 else 'from reset'}; PPO needs finite "
-                "observations and rewards. Check the environment, or clip what it returns"
-            )
+        row, env = (~column.isfinite()).nonzero()[0, :2].tolist()
+        step = row - 1 if name.startswith("observation") else row
+        raise ValueError(
+            f"environment {env} returned {name} = {column[row, env].tolist()} "
+            f"{f'at step {step} of the rollout' if step >= 0 else 'from reset'}; PPO needs finite "
+            "observations and rewards. Check the environment, or clip what it returns"
+        )
 
 
 def _visibly(normalizer: ObservationNormalizer, leaf: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def evaluate(
         raise ValueError("evaluate: the model was not trained on an environment id; pass env=")
     env = model.env_id if env is None else env
     width = min(episodes, 8) if isinstance(env, str) else None
-    envs = make_environments(env, width, "auto")
+    # Gymnasium's own environments, whatever it was trained on.
+    envs = make_environments(env, width, "native")
     quota = np.full(envs.num_envs, episodes // envs.num_envs)
     quota[: episodes % envs.num_envs] += 1
     returns: list[float] = []

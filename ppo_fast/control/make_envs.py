@@ -13,15 +13,22 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from ppo_fast.control.envs import Environments
+from ppo_fast.control.tensor_envs import TENSOR_ENVS, make_tensor_env
+
+GPU_ENVS = 512
 
 ATARI_WORDS = ("ALE/", "NoFrameskip")
 
 
 def make_environments(
-    env: str | gym.Env | Callable[[], Any] | Any, num_envs: int | None, vectorization: str
+    env: str | gym.Env | Callable[[], Any] | Any,
+    num_envs: int | None,
+    vectorization: str,
+    device: str = "auto",
 ) -> Environments:
     """Turn whatever the user names into `Environments`.
 
@@ -30,16 +37,24 @@ def make_environments(
             new `Env` (or a vector environment), a `VectorEnv`, an EnvPool, or a tensor environment.
         num_envs: how many to make; None means 8 for ids and callables. Must agree with a vector
             environment's own number.
-        vectorization: "auto", "sync" or "async"; see `ControlConfig`.
+        vectorization: "auto", "tensor", "native", "sync" or "async"; see `ControlConfig`.
+        device: of tensor environments made here; "auto" is the GPU, where torch sees one, from
+            512 environments on.
 
     Raises:
-        ValueError: an unknown id, a `num_envs` that contradicts the environment, or a space without
-            support.
+        ValueError: an unknown id, one without a tensor version where that is asked for, a `num_envs`
+            that contradicts the environment, or a space without support.
         TypeError: something that is no environment.
     """
     env_id = env if isinstance(env, str) else getattr(getattr(env, "spec", None), "id", None)
-    if isinstance(env, str):
-        vector: Any = _from_id(env, num_envs or 8, vectorization)
+    if isinstance(env, str) and _in_torch(env, vectorization):
+        number = num_envs or 8
+        if device == "auto":
+            # Fewer keep a GPU waiting for the next launch.
+            device = "cuda" if number >= GPU_ENVS and torch.cuda.is_available() else "cpu"
+        vector: Any = make_tensor_env(env, number, device=checked_device(device))
+    elif isinstance(env, str):
+        vector = _from_id(env, num_envs or 8, vectorization)
     elif isinstance(env, gym.Env) and not hasattr(env, "single_action_space"):
         vector = SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
     elif callable(env) and (isinstance(env, type) or not hasattr(env, "step")):
@@ -59,6 +74,27 @@ def make_environments(
             f"num_envs = {num_envs}, but the environment given has {vector.num_envs}; leave num_envs out"
         )
     return Environments(vector, env_id)
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: torch knows no such device, or sees no GPU.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device = {name!r}; expected 'auto', 'cpu', 'cuda' or one like 'cuda:1'"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}, but torch sees no GPU; use device = 'cpu'")
+    return device
+
+
+def _in_torch(env_id: str, vectorization: str) -> bool:
+    return vectorization == "tensor" or (vectorization == "auto" and env_id in TENSOR_ENVS)
 
 
 def _from_id(env_id: str, num_envs: int, vectorization: str) -> Any:
@@ -81,7 +117,7 @@ def _from_id(env_id: str, num_envs: int, vectorization: str) -> Any:
         ) from error
     native = spec.vector_entry_point is not None and not spec.additional_wrappers
     try:
-        if vectorization == "auto" and native:
+        if vectorization in ("auto", "native") and native:
             return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
         return _from_callable(functools.partial(gym.make, name), num_envs, vectorization)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
@@ -110,6 +146,11 @@ def _from_callable(make: Callable[[], Any], num_envs: int, vectorization: str) -
     first = make()
     if not isinstance(first, gym.Env) or hasattr(first, "single_action_space"):
         return first
+    if vectorization == "tensor":
+        raise ValueError(
+            f"vectorization = 'tensor', but the callable returned a {type(first).__name__}; expected a "
+            "tensor environment, or use vectorization = 'sync'"
+        )
     others = [make() for _ in range(num_envs - 1)]
     if any(other is first for other in others):
         raise ValueError(

@@ -17,14 +17,16 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from ppo_fast.capture import Phase, may_read
 from ppo_fast.checkpoint import CheckpointError
 from ppo_fast.config import ControlConfig, check_minibatches, config_from_dict
 from ppo_fast.control.collect import Collector
 from ppo_fast.control.envs import Environments
 from ppo_fast.control.episodes import EpisodeStats
+from ppo_fast.control.explicit import why_not_explicit
 from ppo_fast.control.interrupt import DeferredInterrupt
-from ppo_fast.control.loss import make_loss, why_not_explicit
-from ppo_fast.control.make_envs import make_environments
+from ppo_fast.control.loss import make_loss
+from ppo_fast.control.make_envs import checked_device, make_environments
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
 from ppo_fast.control.run_folder import RunFolder
 from ppo_fast.control.saving import (
@@ -98,7 +100,7 @@ class PPO:
                 overrides[field] = float(overrides[field](1.0))
         _check_fields(overrides)
         config = dataclasses.replace(config or ControlConfig(), **overrides)
-        envs = make_environments(env, config.num_envs, config.vectorization)
+        envs = make_environments(env, config.num_envs, config.vectorization, config.device)
         self._build(config, envs, envs.observation_space, envs.action_space, envs.num_envs, policy)
         self.from_id = isinstance(env, str)
 
@@ -163,19 +165,13 @@ class PPO:
         self._folder: RunFolder | None = None
         self._loss_options: dict[str, Any] = {}
         self._own_folder: Path | None = None
+        self._phase: Phase[UpdateStats] | None = None
+        self._phase_place: tuple[Any, ...] = ()
 
     def _choose_device(self) -> torch.device:
         wanted = self.config.device
         if wanted != "auto":
-            try:
-                device = torch.device(wanted)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"device = {wanted!r}; expected 'auto', 'cpu', 'cuda' or one like 'cuda:1'"
-                ) from error
-            if device.type == "cuda" and not torch.cuda.is_available():
-                raise ValueError(f"device = {wanted!r}, but torch sees no GPU; use device = 'cpu'")
-            return device
+            return checked_device(wanted)
         if self.envs is not None and hasattr(self.envs.env, "device"):
             return torch.device(self.envs.env.device)
         # Small networks on numpy environments are faster on the CPU: launches and copies dominate.
@@ -255,7 +251,10 @@ class PPO:
                 "checkpoint does not hold; pass them or numbers to load, as in "
                 f"PPO.load(path, {self.missing_schedules[0]}=...)"
             )
-        self._loss = make_loss(self.policy, self.distribution, lambda: self._loss_options)
+        self._phase = None
+        self._loss = make_loss(
+            self.policy, self.distribution, lambda: self._loss_options, self.optimizer
+        )
         self._start()
         self._open_folder()
         why = why_not_explicit(self.policy)
@@ -322,13 +321,26 @@ class PPO:
             batch = rollout.to_batch(
                 self.config.gamma, self.config.gae_lambda, self.config.norm_adv == "batch"
             )
-            if self.device.type == "cpu" and len(batch) > self.config.num_minibatches * 4:
+            if may_read(self.device) and len(batch) > self.config.num_minibatches * 4:
                 # Shapes are free to vary here, and a mask would cost the loss a fifth of its time.
                 batch = batch.without_masked_rows()
         with self.timer.stage("update"):
-            stats = ppo_update(self._loss, self.optimizer, batch, self.config, self.generator)
+            stats = self._update_phase(batch)()
         with self.timer.stage("log"):
             self._report(rollout, batch, stats, collector, started)
+
+    def _update_phase(self, batch: Batch) -> Phase[UpdateStats]:
+        """The update of a batch; the same phase as long as batches lie at the same addresses."""
+        place = batch.addresses()
+        if self._phase is None or self._phase_place != place:
+            self._phase_place = place
+            self._phase = Phase(
+                "update",
+                lambda: ppo_update(self._loss, self.optimizer, batch, self.config, self.generator),
+                self.device,
+                [self.generator],
+            )
+        return self._phase
 
     def _make_loss_options(self) -> dict[str, Any]:
         config = self.config
@@ -343,7 +355,7 @@ class PPO:
             "old_kl_coef": self._kl_coef if config.kl_coef else 0.0,
             "norm_adv": config.norm_adv == "minibatch",
         }
-        if self.device.type == "cpu":
+        if may_read(self.device):
             # Numbers spare operations; on a GPU a captured graph would freeze them.
             options |= {k: v.item() for k, v in options.items() if isinstance(v, Tensor)}
         return options
@@ -474,7 +486,9 @@ class PPO:
                         "object, which an id cannot make again; pass one, as in "
                         "PPO.load(path, env=...)"
                     )
-                self.envs = make_environments(self.env_id, self.num_envs, self.config.vectorization)
+                self.envs = make_environments(
+                    self.env_id, self.num_envs, self.config.vectorization, self.config.device
+                )
             self.collector = Collector(
                 self.envs,
                 self.policy,
@@ -642,7 +656,7 @@ class PPO:
             # Environments that exist already bring their number.
             exist = hasattr(env, "step") and not isinstance(env, type)
             wanted = overrides.get("num_envs") if exist else num_envs
-            envs = make_environments(env, wanted, config.vectorization)
+            envs = make_environments(env, wanted, config.vectorization, config.device)
             check_same_spaces(path, meta, envs)
             num_envs = envs.num_envs
         if config.num_envs is not None:

@@ -7,6 +7,7 @@ buffer as large as the logits is their gradient.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ppo_fast.functional._rows import (
     rows_per_block,
     softmax_stats,
 )
-from ppo_fast.functional._surrogate import Surrogate, joined, nothing, surrogate
+from ppo_fast.functional._surrogate import Summands, Surrogate, joined, nothing, surrogate
 from ppo_fast.functional._terms import Rows, Scalar, Terms, is_on, plus, row_ent_coef
 
 OP = "ppo_loss_from_logits"
@@ -43,6 +44,8 @@ class Policy(NamedTuple):
     head_sizes: tuple[int, ...]
     divisor: Scalar | None
     """The temperature; None for 1."""
+    from_network: bool = False
+    """Whether no logit is -inf but where `action_mask` says so."""
 
 
 class Head(NamedTuple):
@@ -149,39 +152,57 @@ def _small(
 ) -> tuple[Surrogate, Tensor | None]:
     """One or several heads of [M, A] logits, laid out [A, M]."""
     logits = policy.logits if policy.logits.dtype is dtype else policy.logits.to(dtype)
-    logits, actions = logits.t().contiguous(), policy.actions.t()
+    action_mask = None if policy.action_mask is None else policy.action_mask.t()
+    columns = policy._replace(
+        logits=logits.t().contiguous(), actions=policy.actions.t(), action_mask=action_mask
+    )
+    part, gradient = small_columns(columns, rows, t, wants_gradient)
+    return part, None if gradient is None else gradient.t()
+
+
+def small_columns(
+    policy: Policy, rows: Rows, t: Terms, wants_gradient: bool, summands: Summands | None = None
+) -> tuple[Surrogate, Tensor | None]:
+    """The same of a policy whose tensors are laid out that way: [A, M] and actions [heads, M].
+
+    `summands`: see `surrogate`.
+    """
+    logits, actions = policy.logits, policy.actions
     if policy.action_mask is not None:
-        logits = logits.masked_fill(~policy.action_mask.t(), -torch.inf)
+        logits = logits.masked_fill(~policy.action_mask, -torch.inf)
     if rows.drop is not None:
         logits = logits.masked_fill(rows.drop, 0.0)
         actions = actions.masked_fill(rows.drop, 0)
+    finite = policy.from_network and policy.action_mask is None
     if len(policy.head_sizes) == 1:
-        heads = [_head(logits, actions, policy.divisor)]
+        heads = [_head(logits, actions, policy.divisor, finite)]
     else:
         pairs = zip(logits.split(policy.head_sizes), actions.split(1), strict=True)
-        heads = [_head(*pair, policy.divisor) for pair in pairs]
+        heads = [_head(*pair, policy.divisor, finite) for pair in pairs]
     log_probs, neg_entropy = heads[0].log_probs, heads[0].neg_entropy
     for head in heads[1:]:
         log_probs = log_probs + head.log_probs
         neg_entropy = neg_entropy + head.neg_entropy
-    part = surrogate(log_probs, -neg_entropy, rows, t)
+    entropy = torch.neg(neg_entropy, out=None if summands is None else summands.entropy)
+    part = surrogate(log_probs, entropy, rows, t, summands)
     if not wants_gradient:
         return part, None
     grad_log_probs, ent_coef = part.grad_log_probs, row_ent_coef(rows, t)
     if policy.divisor is not None:
         grad_log_probs, ent_coef = grad_log_probs / policy.divisor, ent_coef / policy.divisor
     gradients = [_head_gradient(head, grad_log_probs, ent_coef) for head in heads]
-    return part, (gradients[0] if len(gradients) == 1 else torch.cat(gradients)).t()
+    return part, gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 
-def _head(logits: Tensor, taken: Tensor, divisor: Scalar | None) -> Head:
+def _head(logits: Tensor, taken: Tensor, divisor: Scalar | None, finite: bool) -> Head:
     if divisor is not None:
         # In the other order the quotient would round at the size of the logits.
         largest = logits.amax(0).clamp_(min=torch.finfo(logits.dtype).min)
         logits = (logits - largest) / divisor
     log_probs = torch.log_softmax(logits, 0)
-    # By the logits, not by what came out: a row of -inf alone comes out as NaN.
-    log_probs.masked_fill_(torch.isneginf(logits), ILLEGAL)
+    if not finite:
+        # By the logits, not by what came out: a row of -inf alone comes out as NaN.
+        log_probs.masked_fill_(logits == -math.inf, ILLEGAL)
     probs = log_probs.exp()
     probs_log_probs = probs * log_probs
     of_taken = gathered(OP, log_probs, taken, 0).squeeze(0)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ppo_fast.functional._terms import Scalar
+from ppo_fast.functional._surrogate import Summands, Surrogate, surrogate
+from ppo_fast.functional._terms import Rows, Scalar, Terms, is_on, row_ent_coef
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 LOG_2 = math.log(2)
 
 
 class Policy(NamedTuple):
-    """What the gradient needs of the forward pass; [M, A] unless said."""
+    """What the gradient needs of the forward pass; [A, M] unless said."""
 
     z: Tensor
     inv_std: Tensor
-    """[A] or [M, A]."""
+    """[A, 1] or [A, M]."""
     log_probs: Tensor
     """[M]."""
     entropy: Tensor
@@ -41,9 +42,9 @@ def check(op: str, mean: Tensor, log_std: Tensor, actions: Tensor) -> None:
         )
 
 
-def log_det_tanh(u: Tensor) -> Tensor:
-    """log |d tanh(u) / du| = log(1 - tanh(u)^2), summed over the last dimension, at any u."""
-    return 2 * (LOG_2 - u - softplus(-2 * u)).sum(-1)
+def log_det_tanh(u: Tensor, dim: int = -1) -> Tensor:
+    """log |d tanh(u) / du| = log(1 - tanh(u)^2), summed over the dimension `dim`, at any u."""
+    return 2 * (LOG_2 - u - softplus(-2 * u)).sum(dim)
 
 
 def evaluate(
@@ -58,17 +59,26 @@ def evaluate(
     size = mean.shape[-1]
     state_dependent = log_std.ndim > 1
     mean, actions = mean.reshape(-1, size).to(dtype), actions.reshape(-1, size).to(dtype)
-    log_std = log_std.reshape(-1, size).to(dtype) if state_dependent else log_std.to(dtype)
-    if drop is not None and state_dependent:
-        log_std = log_std.masked_fill(drop.unsqueeze(1), 0.0)
+    log_std = log_std.reshape(-1, size).t() if state_dependent else log_std.unsqueeze(1)
+    return evaluate_columns(mean.t(), log_std.to(dtype), actions.t(), squash, drop)
+
+
+def evaluate_columns(
+    mean: Tensor, log_std: Tensor, actions: Tensor, squash: bool, drop: Tensor | None
+) -> Policy:
+    """`evaluate` of tensors [A, M], `log_std` [A, M] or [A, 1]."""
+    size = mean.shape[0]
+    if drop is not None and log_std.shape == mean.shape:
+        log_std = log_std.masked_fill(drop, 0.0)
     inv_std = (-log_std).exp()
     z = (actions - mean).mul_(inv_std)
     if drop is not None:
-        z = z.masked_fill(drop.unsqueeze(1), 0.0)
-    sum_log_std = log_std.sum(-1)
-    log_probs = z.square().sum(-1).mul_(-0.5) - (sum_log_std + size * HALF_LOG_2PI)
+        z = z.masked_fill(drop, 0.0)
+    sum_log_std = log_std.sum(0)
+    constant = sum_log_std + size * HALF_LOG_2PI
+    log_probs = torch.add(constant, z.square().sum(0), alpha=0.5).neg_()
     if squash:
-        log_probs = log_probs - log_det_tanh(actions)
+        log_probs = log_probs - log_det_tanh(actions, 0)
         return Policy(z, inv_std, log_probs, -log_probs)
     entropy = (sum_log_std + size * (HALF_LOG_2PI + 0.5)).expand_as(log_probs)
     return Policy(z, inv_std, log_probs, entropy)
@@ -79,14 +89,31 @@ def gradient(
 ) -> tuple[Tensor, Tensor]:
     """Derivatives of `sum(grad_log_probs log p(action) - ent_coef H)` by mean and log_std.
 
-    `ent_coef` is a number, 0-d or [M].
+    `ent_coef` is a number, 0-d or [M]. Returns [A, M], and [A] or, state-dependent, [A, M].
     """
     if squash:
         grad_log_probs = grad_log_probs + ent_coef
         ent_coef = 0.0
-    if isinstance(ent_coef, Tensor) and ent_coef.ndim:
-        ent_coef = ent_coef.unsqueeze(1)
-    row = grad_log_probs.unsqueeze(1)
-    grad_mean = (row * policy.z).mul_(policy.inv_std)
-    grad_log_std = (policy.z.square() - 1).mul_(row) - ent_coef
-    return grad_mean, grad_log_std.sum(0) if policy.inv_std.ndim == 1 else grad_log_std
+    grad_mean = (policy.z * grad_log_probs).mul_(policy.inv_std)
+    grad_log_std = (policy.z.square() - 1).mul_(grad_log_probs)
+    if is_on(ent_coef):
+        grad_log_std -= ent_coef
+    return grad_mean, grad_log_std.sum(1) if policy.inv_std.shape[1] == 1 else grad_log_std
+
+
+def columns(
+    mean: Tensor,
+    log_std: Tensor,
+    actions: Tensor,
+    squash: bool,
+    rows: Rows,
+    t: Terms,
+    summands: Summands | None = None,
+) -> tuple[Surrogate, Tensor, Tensor]:
+    """The loss's terms and n d loss / d mean, log_std; [A, M], `log_std` [A, M] or [A, 1].
+
+    `summands`: see `surrogate`.
+    """
+    policy = evaluate_columns(mean, log_std, actions, squash, rows.drop)
+    part = surrogate(policy.log_probs, policy.entropy, rows, t, summands)
+    return part, *gradient(policy, part.grad_log_probs, row_ent_coef(rows, t), squash)

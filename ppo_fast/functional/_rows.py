@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.capture import may_read
+
 # Elements of a block for each thread: 512 KiB of fp32, so that the logits passing through and two
 # scratch buffers fit a server core's 2 MiB L2 cache.
 CPU_BLOCK_ELEMENTS = 1 << 17
@@ -77,7 +79,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def may_ask(tensor: Tensor) -> bool:
     """Whether Python may look at values: not while tracing, nor where that would stall a GPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return may_read(tensor.device) and not torch.compiler.is_compiling()
 
 
 def rows_per_block(logits: Tensor) -> int:

@@ -413,7 +413,9 @@ def ppo_loss_from_gaussian(
         grad_mean, grad_log_std = _gaussian.gradient(
             policy, part.grad_log_probs, row_ent_coef(rows, t), squash
         )
-    gradients = [(mean, grad_mean), (log_std, grad_log_std), (values, part.grad_values)]
+    if grad_log_std.ndim > 1:
+        grad_log_std = grad_log_std.t()
+    gradients = [(mean, grad_mean.t()), (log_std, grad_log_std), (values, part.grad_values)]
     return assemble(part, count, inv_n, t, gradients)
 
 

@@ -1,0 +1,413 @@
+"""The update of a small MLP actor-critic on a CPU, where the number of operations is the cost.
+
+A minibatch of a few hundred rows spends its time not in arithmetic but in getting from one small
+operation to the next. So this computes gradients and nothing else: rows are shuffled and advantages
+whitened once an epoch, actor and critic go through one batched product a layer, and the statistics
+are made of stored log-probs and values after the last minibatch, all at once. The formulas are those
+of `actor_critic_loss_and_grads`, which is its oracle (tests/test_small_batches.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.functional._gaussian import HALF_LOG_2PI
+from ppo_fast.functional._surrogate import LOG_RATIO_LIMIT, Summands, surrogate
+from ppo_fast.functional._terms import ADVANTAGE_EPS, Rows, Terms
+from ppo_fast.results import ActorCriticSpec
+from ppo_fast.rollout import Batch
+
+MAX_ROWS = 4096
+"""Larger minibatches leave the cache; `actor_critic_loss_and_grads` walks them in blocks."""
+
+aten = torch.ops.aten
+
+
+def why_not_small(spec: ActorCriticSpec, batch: Batch, rows: int, options: dict[str, Any]) -> str:
+    """Say why minibatches of `rows` rows take the op itself; empty if they need not."""
+    if not 2 <= rows <= MAX_ROWS:
+        return f"minibatches have {rows} rows; expected 2 to {MAX_ROWS}"
+    if spec.shared_sizes or spec.actor_sizes != spec.critic_sizes or not spec.actor_sizes:
+        return "actor and critic differ in their hidden layers"
+    if spec.squash:
+        return "actions are squashed"
+    if spec.activation == "silu":
+        return "the derivative of silu does not follow from its output"
+    if not (batch.mask is None and batch.weights is None and batch.action_mask is None):
+        return "rows are masked or weighted"
+    if options.get("dual_clip") is not None or options.get("old_kl_coef"):
+        return "the loss has more terms"
+    if options.get("vf_clip", "max") != "max":
+        return "the value loss is clipped otherwise"
+    return ""
+
+
+class Columns(NamedTuple):
+    """One number a row; [m] of a minibatch, or of all minibatches in the order of the update."""
+
+    old_log_probs: Tensor
+    old_values: Tensor
+    returns: Tensor
+    neg_advantages: Tensor
+    """divided by m: a sum over the minibatch is a mean"""
+    log_probs: Tensor
+    values: Tensor
+    neg_entropy: Tensor
+
+
+class Minibatch(NamedTuple):
+    """Views of what belongs to one minibatch."""
+
+    obs: Tensor
+    """[2, m, D], the same for actor and critic"""
+    actions: list[Tensor]
+    """[1, m] int64 for each categorical head; or one [A, m]"""
+    columns: Columns
+    old: Tensor
+    """[4, m], the first four columns"""
+    memory: Memory
+
+
+class Layer(NamedTuple):
+    """A layer of actor and critic at once; views of the flat parameters and gradients."""
+
+    weight: Tensor
+    """[2, out, in]"""
+    transposed: Tensor
+    bias: Tensor
+    """[2, 1, out]"""
+    grad_weight: Tensor
+    grad_bias: Tensor
+    """[2, out]"""
+
+
+class Last(NamedTuple):
+    """The last layer of one of them."""
+
+    weight: Tensor
+    """[out, in]"""
+    bias: Tensor
+    """[out, 1]"""
+    grad_weight: Tensor
+    grad_bias: Tensor
+
+
+class Memory(NamedTuple):
+    """Buffers for minibatches of one size."""
+
+    hidden: list[Tensor]
+    """[2, m, width] of every layer"""
+    gradients: list[Tensor]
+    """by those"""
+    gradients_t: list[Tensor]
+    features: list[Tensor]
+    """[m, width] of the last one; the actor's and the critic's"""
+    features_t: list[Tensor]
+    grad_features: list[Tensor]
+    outputs: Tensor
+    """[A, m]"""
+    grad_outputs: Tensor
+    heads: list[Tensor]
+    """the outputs by categorical head"""
+    grad_heads: list[Tensor]
+    grad_values: Tensor
+    """[1, m]"""
+    vectors: list[Tensor]
+    """[m], scratch"""
+
+    @classmethod
+    def empty(cls, rows: int, spec: ActorCriticSpec) -> Memory:
+        """New buffers."""
+        hidden = [torch.empty(2, rows, width) for width in spec.actor_sizes]
+        gradients = [torch.empty_like(h) for h in hidden]
+        outputs, grad_outputs = torch.empty(2, spec.num_outputs, rows)
+        sizes = spec.head_sizes or (spec.num_outputs,)
+        return cls(
+            hidden,
+            gradients,
+            [g.transpose(1, 2) for g in gradients],
+            list(hidden[-1].unbind()),
+            [h.t() for h in hidden[-1]],
+            list(gradients[-1].unbind()),
+            outputs,
+            grad_outputs,
+            list(outputs.split(sizes)),
+            list(grad_outputs.split(sizes)),
+            torch.empty(1, rows),
+            list(torch.empty(4, rows).unbind()),
+        )
+
+
+class SmallBatches:
+    """Gradients of the minibatches of one update; see `ppo_fast.update.Minibatches`.
+
+    Args:
+        parameters, gradients, spec: as in `actor_critic_loss_and_grads`; float32 on a CPU.
+    """
+
+    def __init__(self, parameters: Tensor, gradients: Tensor, spec: ActorCriticSpec) -> None:
+        self.spec = spec
+        gaussian = spec.head_sizes is None
+        start = spec.num_outputs if gaussian else 0
+        self.log_std = parameters[:start].unsqueeze(1) if gaussian else None
+        self.grad_log_std = gradients[:start]
+        actor, critic = spec.layers[1:]
+        gap = sum(out * (width + 1) for out, width in actor)
+        self.layers: list[Layer] = []
+        for out, width in actor[:-1]:
+            weight, grad_weight = (
+                flat.as_strided((2, out, width), (gap, width, 1), start)
+                for flat in (parameters, gradients)
+            )
+            start += out * width
+            bias, grad_bias = (
+                flat.as_strided((2, out), (gap, 1), start) for flat in (parameters, gradients)
+            )
+            start += out
+            transposed = weight.transpose(1, 2)
+            self.layers.append(Layer(weight, transposed, bias.unsqueeze(1), grad_weight, grad_bias))
+        self.last = []
+        for (out, width), first in ((actor[-1], start), (critic[-1], start + gap)):
+            middle, end = first + out * width, first + out * (width + 1)
+            weight, grad_weight = (
+                flat[first:middle].view(out, width) for flat in (parameters, gradients)
+            )
+            bias, grad_bias = (flat[middle:end] for flat in (parameters, gradients))
+            self.last.append(Last(weight, bias.unsqueeze(1), grad_weight, grad_bias))
+        self._layout: tuple[int, int, int] | None = None
+        self._memories: dict[int, Memory] = {}
+
+    def prepare(
+        self, batch: Batch, obs: Tensor, options: dict[str, Any], epochs: int, k: int
+    ) -> None:
+        """Make ready for `epochs` epochs of `k` minibatches.
+
+        Args:
+            batch: M samples; `obs` [M, D] are its features.
+            options: keyword arguments of `actor_critic_loss_and_grads`, numbers for coefficients.
+        """
+        number = len(batch)
+        self.batch, self.obs, self.options = batch, obs, options
+        self.old = torch.stack((batch.log_probs, batch.values, batch.returns, batch.advantages))
+        self.actions = batch.actions if batch.actions.ndim > 1 else batch.actions.unsqueeze(1)
+        self.done = 0
+        if self._layout != (number, epochs, k):
+            self._layout = (number, epochs, k)
+            self._lay_out(number, epochs, k)
+        clip, high = float(options["clip_coef"]), options.get("clip_coef_high")
+        self.low, self.high = 1.0 - clip, 1.0 + float(clip if high is None else high)
+        limit = options.get("vf_clip_coef")
+        self.vf_clip = float("inf") if limit is None else float(limit)
+        vf_coef, self.ent_coef = float(options.get("vf_coef", 0.5)), float(options["ent_coef"])
+        self.vf_scale = {size: torch.tensor(vf_coef / size) for size in self._memories}
+        self.ent_scale = {size: torch.tensor(self.ent_coef / size) for size in self._memories}
+
+    def _lay_out(self, number: int, epochs: int, k: int) -> None:
+        """Allocate for a number of rows, and cut the memory up, once for all epochs and updates."""
+        spec, gaussian = self.spec, self.spec.head_sizes is None
+        whole = torch.empty(len(Columns._fields), epochs * number)
+        self.columns = Columns(*whole.unbind())
+        self.shuffled_obs = torch.empty(number, spec.obs_size)
+        heads = spec.num_outputs if gaussian else len(spec.head_sizes or ())
+        dtype = torch.float32 if gaussian else torch.int64
+        self.shuffled_actions = torch.empty(heads, number, dtype=dtype)
+        self.sizes = [number // k + (part < number % k) for part in range(k)]
+        self._memories = {size: Memory.empty(size, spec) for size in sorted(set(self.sizes))}
+        self.epoch_old = list(whole[:4].split(number, 1))
+        self.minibatches = []
+        starts = [sum(self.sizes[:part]) for part in range(k)]
+        for epoch in range(epochs):
+            for start, size in zip(starts, self.sizes, strict=True):
+                own = slice(start, start + size)
+                rows = whole[:, epoch * number + start : epoch * number + start + size]
+                obs, actions = self.shuffled_obs[own], self.shuffled_actions[:, own]
+                self.minibatches.append(
+                    Minibatch(
+                        obs.expand(2, size, spec.obs_size),
+                        [actions] if gaussian else list(actions.split(1)),
+                        Columns(*rows.unbind()),
+                        rows[:4],
+                        self._memories[size],
+                    )
+                )
+
+    @torch.no_grad()
+    def begin(self, epoch: int, order: Tensor) -> None:
+        """Shuffle the rows by `order` [M] and whiten the advantages of every minibatch."""
+        torch.index_select(self.obs, 0, order, out=self.shuffled_obs)
+        self.shuffled_actions.copy_(self.actions.index_select(0, order).t())
+        torch.index_select(self.old, 1, order, out=self.epoch_old[epoch])
+        k = len(self.sizes)
+        for minibatch in self.minibatches[epoch * k : (epoch + 1) * k]:
+            advantages = minibatch.columns.neg_advantages
+            size = advantages.numel()
+            scale = -1.0 / size
+            if self.options["norm_adv"]:
+                # Centred first, so that equal advantages come out as 0 and not as (one ulp) / eps.
+                advantages.sub_(advantages.mean())
+                std, rest = torch.std_mean(advantages)
+                advantages.sub_(rest)
+                scale /= float(std) + ADVANTAGE_EPS
+            advantages.mul_(scale)
+
+    @torch.no_grad()
+    def run(self, number: int) -> None:
+        """Write the gradients of the minibatch `number`, counted over the epochs."""
+        minibatch = self.minibatches[number]
+        memory, columns, activation = minibatch.memory, minibatch.columns, self.spec.activation
+        below = minibatch.obs
+        for layer, hidden in zip(self.layers, memory.hidden, strict=True):
+            torch.baddbmm(layer.bias, below, layer.transposed, out=hidden)
+            if activation == "tanh":
+                hidden.tanh_()
+            elif activation == "relu":
+                hidden.relu_()
+            else:
+                aten.elu_(hidden)
+            below = hidden
+        actor, critic = self.last
+        values = columns.values.unsqueeze(0)
+        torch.addmm(actor.bias, actor.weight, memory.features_t[0], out=memory.outputs)
+        torch.addmm(critic.bias, critic.weight, memory.features_t[1], out=values)
+        if self.log_std is None:
+            self._categorical(minibatch)
+        else:
+            self._gaussian(minibatch)
+        self._values(columns, memory)
+        for net, last, gradient in (
+            (0, actor, memory.grad_outputs),
+            (1, critic, memory.grad_values),
+        ):
+            torch.mm(gradient, memory.features[net], out=last.grad_weight)
+            torch.sum(gradient, 1, out=last.grad_bias)
+            torch.mm(gradient.t(), last.weight, out=memory.grad_features[net])
+        for depth in range(len(self.layers) - 1, -1, -1):
+            layer, hidden, gradient = (
+                self.layers[depth],
+                memory.hidden[depth],
+                memory.gradients[depth],
+            )
+            if activation == "tanh":
+                aten.tanh_backward.grad_input(gradient, hidden, grad_input=gradient)
+            elif activation == "relu":
+                aten.threshold_backward.grad_input(gradient, hidden, 0, grad_input=gradient)
+            else:
+                aten.elu_backward.grad_input(
+                    gradient, 1.0, 1.0, 1.0, True, hidden, grad_input=gradient
+                )
+            below = memory.hidden[depth - 1] if depth else minibatch.obs
+            torch.bmm(memory.gradients_t[depth], below, out=layer.grad_weight)
+            torch.sum(gradient, 1, out=layer.grad_bias)
+            if depth:
+                torch.bmm(gradient, layer.weight, out=memory.gradients[depth - 1])
+        self.done = number + 1
+
+    def _pull(self, columns: Columns, memory: Memory) -> Tensor:
+        """The gradient [m] by the log-probs: of max(-A r, -A clamp(r)), where the clip is not it."""
+        ratio, clipped, active, unlimited = memory.vectors
+        torch.sub(columns.log_probs, columns.old_log_probs, out=unlimited)
+        torch.clamp(unlimited, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, out=ratio)
+        within = unlimited.eq_(ratio)
+        ratio.exp_()
+        torch.clamp(ratio, self.low, self.high, out=clipped)
+        pull = ratio.mul_(columns.neg_advantages)
+        clipped.mul_(columns.neg_advantages)
+        torch.le(clipped, pull, out=active)
+        return pull.mul_(active).mul_(within)
+
+    def _categorical(self, minibatch: Minibatch) -> None:
+        """Store log-probs and entropies, and the gradient by the logits.
+
+        d_j = g (1[j = action] - p_j) + c p_j (log p_j + H), with g of `_pull`, c the entropy's
+        coefficient and H the head's entropy.
+        """
+        columns, memory = minibatch.columns, minibatch.memory
+        picked, neg_entropies = [], []
+        pairs = list(zip(memory.heads, memory.grad_heads, minibatch.actions, strict=True))
+        for logits, probs, action in pairs:
+            log_probs = torch._log_softmax(logits, 0, False, out=logits)
+            torch.exp(log_probs, out=probs)
+            neg_entropies.append((log_probs * probs).sum(0))
+            picked.append(log_probs.gather(0, action))
+        columns.neg_entropy.copy_(neg_entropies[0])
+        columns.log_probs.copy_(picked[0][0])
+        for more, log_probs in zip(neg_entropies[1:], picked[1:], strict=True):
+            columns.neg_entropy.add_(more)
+            columns.log_probs.add_(log_probs[0])
+        pull = self._pull(columns, memory)
+        ent_scale = self.ent_scale[pull.numel()]
+        for (log_probs, probs, action), neg_entropy in zip(pairs, neg_entropies, strict=True):
+            if self.ent_coef:
+                log_probs.sub_(neg_entropy).mul_(ent_scale).sub_(pull)
+                probs.mul_(log_probs)
+            else:
+                probs.mul_(pull).neg_()
+            probs.scatter_add_(0, action, pull.unsqueeze(0))
+
+    def _gaussian(self, minibatch: Minibatch) -> None:
+        """The same for the means, and the gradient by log_std."""
+        assert self.log_std is not None
+        columns, memory, size = minibatch.columns, minibatch.memory, self.spec.num_outputs
+        inv_std = self.log_std.neg().exp_()
+        z = torch.sub(minibatch.actions[0], memory.outputs, out=memory.grad_outputs).mul_(inv_std)
+        squares = torch.mul(z, z, out=memory.outputs)
+        constant = float(self.log_std.sum()) + size * HALF_LOG_2PI
+        torch.sum(squares, 0, out=columns.log_probs)
+        columns.log_probs.mul_(-0.5).sub_(constant)
+        columns.neg_entropy.fill_(-constant - 0.5 * size)
+        pull = self._pull(columns, memory)
+        torch.mv(squares.sub_(1.0), pull, out=self.grad_log_std)
+        if self.ent_coef:
+            self.grad_log_std.sub_(self.ent_coef)
+        z.mul_(inv_std).mul_(pull)
+
+    def _values(self, columns: Columns, memory: Memory) -> None:
+        """The gradient of half the larger of both squared errors, clipped and not."""
+        error = torch.sub(columns.values, columns.returns, out=memory.grad_values[0])
+        if self.vf_clip < float("inf"):
+            size, moved, clipped = memory.vectors[:3]
+            torch.sub(columns.values, columns.old_values, out=moved)
+            # The excess over the clip range is exactly 0 inside it; see `_surrogate._value_terms`.
+            aten.softshrink.out(moved, self.vf_clip, out=clipped)
+            torch.sub(error, clipped, out=clipped)
+            torch.abs(error, out=size)
+            error.mul_(size.ge_(clipped.abs_()))
+        error.mul_(self.vf_scale[error.numel()])
+
+    @torch.no_grad()
+    def approx_kl(self) -> Tensor:
+        """Of the minibatch run last, 0-d."""
+        columns = self.minibatches[self.done - 1].columns
+        log_ratio = columns.log_probs - columns.old_log_probs
+        log_ratio.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return (log_ratio.expm1() - log_ratio).mean()
+
+    @torch.no_grad()
+    def stats(self) -> Tensor:
+        """[S, len(PPO_STATS)] of the S minibatches run so far."""
+        sizes = [m.columns.values.numel() for m in self.minibatches[: self.done]]
+        c = Columns(*(column[: sum(sizes)] for column in self.columns))
+        rows = Rows(
+            c.old_log_probs, c.neg_advantages, c.values, c.old_values, c.returns, *[None] * 4
+        )
+        t = Terms(
+            c.old_log_probs,
+            c.neg_advantages,
+            1.0 - self.low,
+            self.high - 1.0,
+            values=c.values,
+            vf_clip_coef=self.vf_clip,
+            ent_coef=self.ent_coef,
+        )
+        summands = Summands.empty(c.values)
+        surrogate(c.log_probs, c.neg_entropy.neg(), rows, t, summands)
+        log_ratio = c.log_probs - c.old_log_probs
+        deviation = log_ratio.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1_().abs_()
+        counts = torch.tensor(sizes, dtype=torch.float32)
+        sums = torch.stack([part.sum(1) for part in summands.whole.split(sizes, 1)])
+        sums[:, 1:] /= counts.unsqueeze(1)  # the advantages of the first are divided already
+        deviations = torch.stack([part.amax() for part in deviation.split(sizes)])
+        return torch.cat((sums, deviations.unsqueeze(1), counts.unsqueeze(1)), 1)
