@@ -261,12 +261,18 @@ class DiagGaussian:
 
     def to_env(self, actions: Tensor) -> Tensor:
         """Clip or squash into the bounds and restore the space's shape and dtype."""
-        low, high = self._low.to(actions.device), self._high.to(actions.device)
-        actions = actions.to(low.dtype)
+        if actions.device != self._low.device:
+            self._low, self._high = self._low.to(actions.device), self._high.to(actions.device)
+        low, high = self._low, self._high
+        if actions.dtype != low.dtype:
+            actions = actions.to(low.dtype)
         if self.squash:
             actions = low + (actions.tanh() + 1) * 0.5 * (high - low)
         # Rounding may take a squashed action past its bound, too.
-        return torch.clamp(actions, low, high).reshape(actions.shape[0], *self._env_shape)
+        actions = torch.clamp(actions, low, high)
+        if len(self._env_shape) == 1:
+            return actions
+        return actions.reshape(actions.shape[0], *self._env_shape)
 
     def checked_mask(self, mask: Tensor, rows: int) -> Tensor:
         """Refuse a mask: there is no choice to forbid.

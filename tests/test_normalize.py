@@ -279,3 +279,29 @@ def test_norm_obs_without_floats_is_refused():
 
     with pytest.raises(ValueError, match=r"norm_obs = True, but Discrete\(9\) holds no floats"):
         PPO(Numbers, norm_obs=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
+def test_numpys_way_equals_torchs(rows, shape):
+    by_numpy, by_torch = (ObservationNormalizer(shape, CPU, 2.0) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        obs = 3 * torch.randn(rows, *shape, generator=generator) + step
+        out = np.empty(obs.shape, np.float32)
+        assert by_numpy.step_on_host(obs.numpy(), out)
+        by_torch.update(obs)
+        np.testing.assert_allclose(out, by_torch(obs).numpy(), rtol=1e-6, atol=1e-6)
+    for name, tensor in by_numpy.moments.tensors("").items():
+        torch.testing.assert_close(tensor, by_torch.moments.tensors("")[name])
+
+
+def test_numpys_way_leaves_infinities_to_torchs():
+    normalizer = ObservationNormalizer((2,), CPU, 10.0)
+    before = [tensor.clone() for tensor in normalizer.moments.tensors("").values()]
+    out = np.zeros((2, 2), np.float32)
+    assert not normalizer.step_on_host(np.array([[1.0, np.nan], [0.0, 0.0]]), out)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, normalizer.moments.tensors("").values(), strict=True)
+    )

