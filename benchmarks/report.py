@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import harness
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+OURS = "ppo_fast"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = {
     "stable-baselines3": "SB3",
@@ -41,21 +44,155 @@ def source(record: dict[str, Any]) -> str:
     return f"{on}; torch {machine['torch']}; {machine['date']}, commit {machine['commit']}"
 
 
-def control(record: dict[str, Any]) -> list[str]:
+TRAINING = {
+    "cartpole": "CartPole-v1, 8 environments x 128 steps, 4 epochs, 4 minibatches, 64 x 64",
+    "cartpole-tensor": "the same with 1024 environments",
+    "pendulum": "Pendulum-v1, CleanRL's continuous recipe",
+    "halfcheetah": "HalfCheetah-v5, CleanRL's continuous recipe",
+    "pendulum-tensor": "Pendulum-v1, 1024 environments x 32 steps, 5 epochs, 16 minibatches, 64 x 64",
+    "pong": "Pong, 8 environments x 128 steps, NatureCNN",
+}
+"""Cases of bench_control.py whose arms share a recipe, in words."""
+
+CAVEATS = {
+    "CleanRL-style": "The CleanRL-style loop is ours, after CleanRL's scripts.",
+    "jitted JAX loop": "The JAX loop is ours, after purejaxrl; in blocks: minibatches in pieces of "
+    "1024 rows.",
+    "SBX": "SBX has no value clip, clips the gradients of actor and critic apart and starts from other "
+    "weights.",
+    "rsl_rl": "rsl_rl bootstraps truncated episodes from the last state but one.",
+}
+"""What to know about an arm, by the beginning of its name."""
+
+
+def shown(value: float | None, form: str = ",.0f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def spread(values: Sequence[float], form: str = ",.0f") -> str:
+    middle = statistics.median(values)
+    return f"{middle:{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def training(records: dict[str, dict[str, Any]]) -> list[str]:
+    """One line an arm of the cases that share a recipe."""
     lines = [
-        "CartPole-v1, CleanRL's recipe (8 environments x 128 steps, 4 epochs, 4 minibatches, 64 x 64), "
-        "one thread, whole trainings in turns in one process:",
+        "Whole trainings in turns, each in a process of its own on one core with one thread; all arms of a "
+        "case have the same recipe, environments and seeds. Steps a second are counted after the first "
+        "iteration, in brackets from slowest to fastest round; with start-up: from compiling on, the first "
+        "iteration included. Times: how many times as fast ours is, median over rounds, in brackets by "
+        "processor time.",
         "",
-        "| | steps a second, median (range) | times SB3 | return, last 100 episodes |",
-        "|---|---|---|---|",
+        "| | steps a second | with start-up | times | return, last 100 episodes, over seeds |",
+        "|---|---|---|---|---|",
+    ]
+    notes, sources = [], []
+    for case, label in TRAINING.items():
+        if (record := records.get(case)) is None:
+            continue
+        lines.append(f"| **{label}** | | | | |")
+        for row in record["rows"]:
+            times = "-"
+            if row.get("ours_times") is not None:
+                times = f"{row['ours_times']:.2f} ({row['ours_times_cpu_time']:.2f})"
+            returned = spread(row["returns"]) if row["returns"] else "-"
+            if row["steps"] < 0.9 * max(other["steps"] for other in record["rows"]):
+                returned += f", after {row['steps']:,} steps"
+            cells = (
+                row["arm"],
+                spread(row["sps"]),
+                shown(row["sps_compile_counted"]),
+                times,
+                returned,
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+        notes += [f"{case}: {arm} {reason}." for arm, reason in record.get("missing", {}).items()]
+        if (share := record.get("convolution_share")) is not None:
+            notes.append(f"In Pong the convolutions alone take {share:.0%} of our time.")
+        sources.append(source(record))
+    arms = {row["arm"] for case in TRAINING if case in records for row in records[case]["rows"]}
+    notes += [said for name, said in CAVEATS.items() if any(arm.startswith(name) for arm in arms)]
+    return [*lines, "", *closing("bench_control.py", notes, sources)]
+
+
+def closing(script: str, notes: Sequence[str], sources: Sequence[str]) -> list[str]:
+    """Notes, then where the figures come from, each source once."""
+    said = "; ".join(dict.fromkeys(sources))
+    return [" ".join([*notes, f"`benchmarks/{script}`; {said}."]), ""]
+
+
+def solved(record: dict[str, Any]) -> list[str]:
+    """Seconds from process start to solved."""
+    lines = [
+        "From the start of the process, imports and compiling included, until the mean of the last 100 "
+        "training episodes of CartPole-v1 is 475; each arm by its own best recipe, on all cores:",
+        "",
+        "| | seconds, median (range) | solved | environment steps | imports, s | compiling, s |",
+        "|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
-        returned = row["return_median"]
-        lines.append(
-            f"| {row['arm']} | {row['sps_median']:,.0f} ({row['sps_min']:,.0f} to {row['sps_max']:,.0f}) "
-            f"| {row['times_sb3']:.2f} | {returned:.0f} |"
+        runs = len(row["sps"])
+        cells = (
+            row["arm"],
+            spread(row["solved_seconds_by_round"], ".1f")
+            if row["solved_seconds_by_round"]
+            else "-",
+            f"{row['threshold_reached']} of {runs}",
+            shown(row["threshold_steps"]),
+            shown(row["import_seconds"], ".1f"),
+            shown(row["compile_seconds"], ".1f"),
         )
-    return [*lines, "", f"`benchmarks/bench_control.py`; {source(record)}.", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = [f"{arm} {reason}." for arm, reason in record.get("missing", {}).items()]
+    return [*lines, "", *closing("bench_control.py", notes, [source(record)])]
+
+
+def ablations(record: dict[str, Any]) -> list[str]:
+    """What each optimisation is worth."""
+    lines = [
+        "What each part is worth: CartPole-v1 as above, with one thing off.",
+        "",
+        "| | steps a second, median (range) | times slower (in processor time) |",
+        "|---|---|---|",
+    ]
+    for row in record["rows"]:
+        times = f"{row['ours_times']:.2f} ({row['ours_times_cpu_time']:.2f})"
+        lines.append(f"| {row['arm']} | {spread(row['sps'])} | {times} |")
+    notes = [f"{arm} {reason}." for arm, reason in record.get("missing", {}).items()]
+    return [*lines, "", *closing("bench_control.py", notes, [source(record)])]
+
+
+def update_phase(record: dict[str, Any]) -> list[str]:
+    """A minibatch of the update phase alone."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        groups.setdefault(row["problem"], {})[row["case"]] = row
+    arms = list(dict.fromkeys(row["case"] for row in record["rows"]))
+    others = [arm for arm in arms if arm != OURS]
+    lines = [
+        "| update phase alone, a minibatch | microseconds | "
+        + " | ".join(f"{arm}, times" for arm in others)
+        + " |",
+        "|---" * (2 + len(others)) + "|",
+    ]
+    for problem, rows in groups.items():
+        cells = [f"{rows[arm][f'times {OURS}']:.2f}" for arm in others]
+        lines.append(f"| {problem} | {rows[OURS]['median_us']:,.0f} | " + " | ".join(cells) + " |")
+    return [*lines, "", *closing("bench_control.py", [], [source(record)])]
+
+
+def control() -> list[str]:
+    """All that the result files of bench_control.py show."""
+    names = [*TRAINING, "solved", "ablations", "update"]
+    files = {name: newest(f"control_{name.replace('-', '_')}") for name in names}
+    records = {name: record for name, record in files.items() if record is not None}
+    lines: list[str] = []
+    if any(name in records for name in TRAINING):
+        lines += training(records)
+    for name, section in {"solved": solved, "ablations": ablations, "update": update_phase}.items():
+        if name in records:
+            lines += section(records[name])
+    return lines
 
 
 def op(record: dict[str, Any], ours: str, group: tuple[str, ...]) -> list[str]:
@@ -75,7 +212,6 @@ def op(record: dict[str, Any], ours: str, group: tuple[str, ...]) -> list[str]:
     return [*lines, "", f"CPU, one thread; {source(record)}.", ""]
 
 
-OURS = "ppo_fast"
 Rows = list[dict[str, Any]]
 
 
@@ -231,9 +367,7 @@ def machine_code(record: dict[str, Any]) -> list[str]:
 
 def report() -> str:
     """Return the section's text; what no file shows is said to be unmeasured."""
-    lines: list[str] = []
-    if (record := newest("control")) is not None:
-        lines += control(record)
+    lines = control()
     if (record := newest("gae")) is not None:
         lines += op(record, "gae", ("shape",))
     if (record := newest("log_probs")) is not None:

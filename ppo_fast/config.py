@@ -164,8 +164,13 @@ class ControlConfig(PPOConfig):
     first of these that there is"""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """widths of the hidden layers of actor and critic"""
+    shared_sizes: tuple[int, ...] = ()
+    """widths of hidden layers that actor and critic have in common, before their own"""
     activation: Literal["tanh", "relu", "elu", "silu"] = "tanh"
     """activation of the hidden layers"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of matrix products and convolutions: bf16 is autocast (and, for MLPs on a GPU, the operands of
+    the kernel), fp16 those operands only; parameters, losses and statistics stay float32"""
     ortho_init: bool = True
     """orthogonal weights (gain sqrt 2, actor head 0.01, critic head 1) and zero biases"""
     log_std_init: float = 0.0
@@ -198,22 +203,25 @@ class ControlConfig(PPOConfig):
     def __post_init__(self) -> None:
         """Check every field; see `PPOConfig.__post_init__`."""
         super().__post_init__()
-        if isinstance(self.hidden_sizes, list):
-            object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for field in ("hidden_sizes", "shared_sizes"):
+            if isinstance(getattr(self, field), list):
+                object.__setattr__(self, field, tuple(getattr(self, field)))
         for field in ("num_steps", "stats_window", "save_every"):
             value = getattr(self, field)
             _require(value >= 1, field, value, "an integer >= 1")
         for field in ("num_envs", "torch_threads"):
             value = getattr(self, field)
             _require(value is None or value >= 1, field, value, "an integer >= 1, or None")
-        sizes = self.hidden_sizes
-        whole = isinstance(sizes, tuple) and all(isinstance(s, int) and s >= 1 for s in sizes)
-        _require(whole, "hidden_sizes", sizes, "a tuple of integers >= 1")
+        for field in ("hidden_sizes", "shared_sizes"):
+            sizes = getattr(self, field)
+            whole = isinstance(sizes, tuple) and all(isinstance(s, int) and s >= 1 for s in sizes)
+            _require(whole, field, sizes, "a tuple of integers >= 1")
         for field in ("clip_obs", "clip_reward"):
             value = getattr(self, field)
             _require(value > 0, field, value, "a number above 0")
         for field, allowed in (
             ("activation", ("tanh", "relu", "elu", "silu")),
+            ("precision", ("fp32", "bf16", "fp16")),
             ("vectorization", ("auto", "tensor", "native", "sync", "async")),
         ):
             value = getattr(self, field)

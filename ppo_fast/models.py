@@ -167,7 +167,7 @@ class Encoder(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The default policy: an encoder, then separate actor and critic networks.
+    """The default policy: an encoder, a trunk if asked for, then separate actor and critic networks.
 
     On a lone image both are a single linear layer over the shared convolutional features (CleanRL's
     and SB3's layout); otherwise both are MLPs of `hidden_sizes`. Continuous actions have a
@@ -182,11 +182,18 @@ class ActorCritic(nn.Module):
         activation: str = "tanh",
         ortho_init: bool = True,
         log_std_init: float = 0.0,
+        shared_sizes: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.encoder = Encoder(leaves, ortho_init)
         self.activation = activation
         features = self.encoder.num_features
+        trunk: list[nn.Module] = []
+        for width in shared_sizes:
+            linear = _layer(nn.Linear(features, width), math.sqrt(2), ortho_init)
+            trunk += [linear, ACTIVATIONS[activation]()]
+            features = width
+        self.trunk = nn.Sequential(*trunk)
         if len(leaves) == 1 and is_image(next(iter(leaves.values()))):
             hidden_sizes = ()
         outputs = distribution.num_outputs
@@ -202,25 +209,25 @@ class ActorCritic(nn.Module):
 
     def actor(self, obs: Tree) -> Parameters:
         """Distribution parameters [M, num_outputs]."""
-        return self._parameters_of(self.encoder(obs))
+        return self._parameters_of(self.trunk(self.encoder(obs)))
 
     def critic(self, obs: Tree) -> Tensor:
         """Values [M]."""
-        return self.critic_net(self.encoder(obs)).squeeze(-1)
+        return self.critic_net(self.trunk(self.encoder(obs))).squeeze(-1)
 
     def forward(self, obs: Tree) -> tuple[Parameters, Tensor]:
-        """Distribution parameters and values, the encoder run once."""
-        features = self.encoder(obs)
+        """Distribution parameters and values, encoder and trunk run once."""
+        features = self.trunk(self.encoder(obs))
         return self._parameters_of(features), self.critic_net(features).squeeze(-1)
 
 
-def actor_of(policy: nn.Module, obs: Tree) -> Parameters:
+def actor_of(policy: Any, obs: Tree) -> Parameters:
     """Distribution parameters of any policy module, by the cheapest way it offers."""
     actor: Any = getattr(policy, "actor", None)
     return policy(obs)[0] if actor is None else actor(obs)
 
 
-def critic_of(policy: nn.Module, obs: Tree) -> Tensor:
+def critic_of(policy: Any, obs: Tree) -> Tensor:
     """Values [M] of any policy module, by the cheapest way it offers."""
     critic: Any = getattr(policy, "critic", None)
     return (policy(obs)[1] if critic is None else critic(obs)).reshape(-1)

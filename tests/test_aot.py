@@ -43,6 +43,10 @@ def test_the_budget_on_sm_90_is_kept(budget):
         loop = found.hot_loop
         if budget.quiet_loop:
             assert loop.count("BAR", "SHFL") == 0
+        if budget.tensor_cores:
+            products, waits = found.count("HGMMA"), found.count("WARPGROUP.DEPBAR")
+            assert products > 0
+            assert waits <= products / 2
         if budget.instructions is not None:
             assert loop.instructions / budget.elements <= budget.instructions
 

@@ -36,46 +36,6 @@ def read(folder, pattern):
     return file, record["rows"]
 
 
-def test_bench_control_compares_trainers(script, tmp_path, capsys):
-    bench = script("bench_control")
-    arguments = ["--rounds", "1", "--timesteps", "2048", "--json", "--only"]
-    bench.main([*arguments, "ours", "sync", "cleanrl"])
-    file, rows = read(tmp_path, "control-*.json")
-    assert [row["arm"] for row in rows] == ["ppo_fast", "ppo_fast, sync", "CleanRL-style"]
-    for row in rows:
-        assert row["steps"] >= 2048
-        assert 0 < row["sps_min"] <= row["sps_median"] <= row["sps_max"]
-        assert 8 < row["return_median"] < 100, row["arm"]
-    assert 0.5 < sum(rows[0]["phases"].values()) <= 1
-    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "ppo_fast spends: inference" in capsys.readouterr().out
-
-
-def test_bench_control_takes_ratios_to_sb3_round_by_round(script, tmp_path, capsys):
-    pytest.importorskip("stable_baselines3")
-    bench = script("bench_control")
-    bench.main(["--rounds", "2", "--timesteps", "512", "--json", "--only", "ours", "sb3"])
-    _, (ours, sb3) = read(tmp_path, "control-*.json")
-    assert sb3["times_sb3_by_round"] == [1, 1]
-    pairs = zip(ours["sps"], sb3["sps"], strict=True)
-    assert ours["times_sb3_by_round"] == pytest.approx([mine / theirs for mine, theirs in pairs])
-    assert ours["steps"] == pytest.approx(sb3["steps"], rel=0.1)
-
-
-def test_sb3_peer_has_our_constants(script):
-    sb3 = pytest.importorskip("stable_baselines3")
-    case = script("bench_control").CASES["cartpole"]
-    train = importlib.import_module("peers.sb3").build(case.env_id, case.config)
-    (model,) = (c.cell_contents for c in train.__closure__ if isinstance(c.cell_contents, sb3.PPO))
-    # SB3's value loss has no 1/2: CleanRL's 0.5 is its 0.25.
-    assert (model.vf_coef, model.ent_coef, model.max_grad_norm) == (0.25, 0.01, 0.5)
-    assert (model.n_steps, model.batch_size, model.n_epochs, model.n_envs) == (128, 256, 4, 8)
-    assert model.clip_range(1.0) == model.clip_range_vf(1.0) == 0.2
-    assert model.lr_schedule(0.5) == 1.25e-4
-    widths = [p.shape[0] for p in model.policy.mlp_extractor.parameters() if p.ndim == 2]
-    assert widths == [64] * 4
-
-
 def test_learn_writes_rows_table_and_picture_and_trains_nothing_twice(
     script, tmp_path, monkeypatch, capsys
 ):

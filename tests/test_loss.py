@@ -10,7 +10,7 @@ from ppo_fast.control.loss import AutogradLoss, ExplicitLoss, make_loss
 from ppo_fast.dispatch import backend
 from ppo_fast.distributions import distribution_for
 from ppo_fast.models import ActorCritic
-from ppo_fast.rollout import Batch
+from ppo_fast.rollout import Batch, Rollout
 from ppo_fast.update import FlatAdam
 
 M = 48
@@ -64,6 +64,22 @@ def setup(action="discrete", activation="tanh", hidden=(16, 8), squash=False, ma
         action_mask=action_mask,
     )
     return policy, distribution, optimizer, batch
+
+
+def rollout_of(batch, steps):
+    """An empty rollout of as many environments as the batch has rows."""
+    flags = torch.zeros(3, steps, M, dtype=torch.bool)
+    return Rollout(
+        inputs=torch.zeros(steps + 1, M, 5),
+        actions=torch.zeros(steps, *batch.actions.shape, dtype=batch.actions.dtype),
+        rewards=torch.zeros(steps, M),
+        terminated=flags[0],
+        truncated=flags[1],
+        mask=flags[2],
+        values=torch.zeros(steps + 1, M),
+        bootstrap_values=torch.zeros(steps, M),
+        log_probs=torch.zeros(steps, M),
+    )
 
 
 def gradient_of(policy):
@@ -130,8 +146,9 @@ def test_both_actors_of_a_rollout_choose_the_same(action, masked):
     noise = distribution.noise((3, M), torch.device("cpu"), torch.Generator().manual_seed(0))
     chosen = []
     for kind in (MLPActor, ModuleActor):
-        actions = torch.zeros(3, *batch.actions.shape, dtype=batch.actions.dtype)
-        actor = kind(policy, distribution, actions)
+        rollout = rollout_of(batch, 3)
+        actions = rollout.actions
+        actor = kind(policy, distribution, rollout)
         actor.begin(noise.clone())
         with torch.no_grad():
             for t in range(3):
@@ -144,8 +161,7 @@ def test_both_actors_of_a_rollout_choose_the_same(action, masked):
 
 def test_it_follows_loaded_parameters():
     policy, distribution, _, batch = setup("box")
-    actions = torch.zeros(1, *batch.actions.shape)
-    actor = make_actor(policy, distribution, actions)
+    actor = make_actor(policy, distribution, rollout_of(batch, 1))
     policy.load_state_dict({k: torch.zeros_like(v) for k, v in policy.state_dict().items()})
     actor.begin(torch.ones(1, *batch.actions.shape))
     with torch.no_grad():

@@ -1,8 +1,9 @@
 """Other people's code under one handle, so that benchmarks can run it in turns with ours.
 
-Trainers (`sb3`, `cleanrl_style`) have `build(env_id, config)`: it takes our `ControlConfig`,
-translates it into the trainer's constants, and returns a function that trains for a number of
-environment steps.
+Trainers have `build(env_id, config, **options)`: it takes our `ControlConfig` (or anything with its
+fields), translates it into the trainer's constants, and returns a function that trains for a number
+of environment steps. Importing this module imports nothing heavy: what a trainer's own imports take
+is part of what is measured.
 
 Kernels (`KERNEL_PEERS`) have `arms(case)`: the functions of that package which compute what the case
 asks for, or a part of it, by name. Each takes our inputs, lays them out as its package wants them,
@@ -11,12 +12,11 @@ and returns what is then timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from torch import Tensor
-
-from ppo_fast.config import ControlConfig
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Trained(NamedTuple):
@@ -28,12 +28,19 @@ class Trained(NamedTuple):
     """of the last finished training episodes, 100 at most"""
     phases: dict[str, float]
     """seconds by phase, where the trainer tells"""
+    compile_seconds: float = 0.0
+    """spent compiling while building, where the trainer compiles ahead of time"""
 
 
-Trainer = Callable[[int], Trained]
-Build = Callable[[str, ControlConfig], Trainer]
+Watch = Callable[[int, Sequence[float]], bool]
+"""Called after every iteration with the environment steps so far and the returns of the last
+finished episodes, 100 at most; True ends the training."""
+Trainer = Callable[[int, Watch], Trained]
+Build = Callable[..., Trainer]
 
-Prepare = Callable[[dict[str, Any], dict[str, Tensor]], Callable[[], dict[str, Tensor]]]
+Prepare: TypeAlias = (
+    "Callable[[dict[str, Any], dict[str, Tensor]], Callable[[], dict[str, Tensor]]]"
+)
 """(inputs, gradients of the outputs) -> a function that returns outputs by our names, in our layout,
 and gradients as "d <input>" where gradients of outputs were given."""
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.control.explicit import features_of, why_not_explicit
+from ppo_fast.control.precision import Autocast
 from ppo_fast.distributions import Categorical, DiagGaussian
 from ppo_fast.functional.mlp import Hidden, Layer, hidden_forward
 from ppo_fast.models import ActorCritic, actor_of
+from ppo_fast.rollout import Rollout
 from ppo_fast.tree import Tree
 
 
 class Actor(Protocol):
     """Fills the rows of a rollout's actions."""
+
+    also_scores: bool
+    """whether it fills those of its values and log-probabilities, too"""
 
     def begin(self, noise: Tensor) -> None:
         """Take the noise [T, N, ...] of a rollout, which it may overwrite."""
@@ -30,14 +35,20 @@ class ModuleActor:
     Args:
         policy: see `ppo_fast.models`.
         distribution: of its actions.
-        actions: [T, N, *action_shape], written row by row.
+        rollout: its rows are written.
+        also_scores: run the whole policy, and keep values and log-probabilities.
     """
 
     def __init__(
-        self, policy: nn.Module, distribution: Categorical | DiagGaussian, actions: Tensor
+        self,
+        policy: Any,
+        distribution: Categorical | DiagGaussian,
+        rollout: Rollout,
+        also_scores: bool = False,
     ) -> None:
-        self.policy, self.distribution = policy, distribution
-        self.rows = actions.unbind(0)
+        self.policy, self.distribution, self.also_scores = policy, distribution, also_scores
+        self.rows = rollout.actions.unbind(0)
+        self.values, self.log_probs = rollout.values.unbind(0), rollout.log_probs.unbind(0)
 
     def begin(self, noise: Tensor) -> None:
         """See `Actor`."""
@@ -45,8 +56,14 @@ class ModuleActor:
 
     def act(self, t: int, obs: Tree, mask: Tensor | None) -> Tensor:
         """See `Actor`."""
-        parameters = actor_of(self.policy, obs)
-        return self.rows[t].copy_(self.distribution.sample(parameters, self.noise[t], mask))
+        if not self.also_scores:
+            parameters = actor_of(self.policy, obs)
+            return self.rows[t].copy_(self.distribution.sample(parameters, self.noise[t], mask))
+        parameters, values = self.policy(obs)
+        self.rows[t].copy_(self.distribution.sample(parameters, self.noise[t], mask))
+        self.values[t].copy_(values.reshape(-1))
+        self.log_probs[t].copy_(self.distribution.log_probs(parameters, self.rows[t], mask))
+        return self.rows[t]
 
 
 class MLPActor:
@@ -57,12 +74,16 @@ class MLPActor:
     Make it after the optimizer; it follows the parameters' values, not their replacement.
     """
 
+    also_scores = False
+
     def __init__(
-        self, policy: ActorCritic, distribution: Categorical | DiagGaussian, actions: Tensor
+        self, policy: ActorCritic, distribution: Categorical | DiagGaussian, rollout: Rollout
     ) -> None:
+        actions = rollout.actions
         self.features = features_of(policy)
         self.activation = policy.activation
-        linears = [module for module in policy.actor_net if isinstance(module, nn.Linear)]
+        modules = [*policy.trunk, *policy.actor_net]
+        linears = [module for module in modules if isinstance(module, nn.Linear)]
         weights = [(module.weight.detach(), module.bias.detach()) for module in linears]
         self.layers = [Layer.of(*pair, *pair) for pair in weights[:-1]]
         self.last, self.last_bias = weights[-1][0].t(), weights[-1][1]
@@ -103,10 +124,12 @@ class MLPActor:
 
 
 def make_actor(
-    policy: nn.Module, distribution: Categorical | DiagGaussian, actions: Tensor
+    policy: Any, distribution: Categorical | DiagGaussian, rollout: Rollout
 ) -> ModuleActor | MLPActor:
     """Choose the quickest actor a policy allows; arguments as of `ModuleActor`."""
-    if why_not_explicit(policy) is not None:
-        return ModuleActor(policy, distribution, actions)
-    assert isinstance(policy, ActorCritic)
-    return MLPActor(policy, distribution, actions)
+    if isinstance(policy, ActorCritic) and why_not_explicit(policy) is None:
+        return MLPActor(policy, distribution, rollout)
+    module = policy.policy if isinstance(policy, Autocast) else policy
+    # Where actor and critic share convolutions, both come at the price of one.
+    shared = isinstance(module, ActorCritic) and any(True for _ in module.encoder.parameters())
+    return ModuleActor(policy, distribution, rollout, also_scores=shared)

@@ -1,8 +1,9 @@
 """Environments -> Rollout: step the environments with a fixed policy, then score the rows once.
 
 During a rollout the policy does not change, so a step runs only the actor; values and old
-log-probabilities of all rows come from one batched pass afterwards. Actions are picked with noise
-drawn beforehand for the whole rollout.
+log-probabilities of all rows come from one batched pass afterwards (unless actor and critic share
+convolutions: then a step runs both). Actions are picked with noise drawn beforehand for the whole
+rollout.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppo_fast.capture import Phase, may_read
 from ppo_fast.control.actor import make_actor
@@ -36,7 +37,7 @@ class Collector:
 
     Args:
         envs: where to act.
-        policy: see `ppo_fast.models`; on `device`.
+        policy: see `ppo_fast.models`; on `device`, perhaps `in_precision`.
         distribution: of the environments' action space.
         num_steps: T.
         device: where the rollout and the policy live.
@@ -53,7 +54,7 @@ class Collector:
     def __init__(
         self,
         envs: Environments,
-        policy: nn.Module,
+        policy: Any,
         distribution: Categorical | DiagGaussian,
         num_steps: int,
         device: torch.device,
@@ -85,7 +86,7 @@ class Collector:
             bootstrap_values=torch.zeros(steps, width, device=device),
             log_probs=torch.zeros(steps, width, device=device),
         )
-        self._actor = make_actor(policy, distribution, self.rollout.actions)
+        self._actor = make_actor(policy, distribution, self.rollout)
         self._input_rows = tree_unbind(self.rollout.inputs)
         # Last observations of all environments at every step: only where picking the truncated ones
         # would wait for a GPU.
@@ -354,7 +355,7 @@ class Collector:
         action_mask = None if r.action_mask is None else r.action_mask.flatten(0, 1)
         values, log_probs = r.values.view(-1), r.log_probs.view(-1)
         chunk = self._chunk_rows()
-        for start in range(0, rows, chunk):
+        for start in range(0, 0 if self._actor.also_scores else rows, chunk):
             part = slice(start, min(start + chunk, rows))
             parameters, part_values = self.policy(tree_rows(flat, part))
             values[part] = part_values.reshape(-1)

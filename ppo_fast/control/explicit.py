@@ -39,9 +39,9 @@ def spec_of(policy: ActorCritic, distribution: Categorical | DiagGaussian) -> Ac
         head_sizes = distribution.head_sizes
     return ActorCriticSpec(
         obs_size=policy.encoder.num_features,
-        shared_sizes=(),
-        actor_sizes=_widths(policy.actor_net),
-        critic_sizes=_widths(policy.critic_net),
+        shared_sizes=_widths(policy.trunk),
+        actor_sizes=_widths(policy.actor_net)[:-1],
+        critic_sizes=_widths(policy.critic_net)[:-1],
         num_outputs=distribution.num_outputs,
         activation=policy.activation,
         head_sizes=head_sizes,
@@ -50,7 +50,7 @@ def spec_of(policy: ActorCritic, distribution: Categorical | DiagGaussian) -> Ac
 
 
 def _widths(net: nn.Sequential) -> tuple[int, ...]:
-    return tuple(module.out_features for module in net if isinstance(module, nn.Linear))[:-1]
+    return tuple(module.out_features for module in net if isinstance(module, nn.Linear))
 
 
 def features_of(policy: ActorCritic) -> Callable[[Tree], Tensor]:

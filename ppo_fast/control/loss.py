@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ppo_fast.capture import may_read
 from ppo_fast.config import PPOConfig
 from ppo_fast.control.explicit import features_of, spec_of, why_not_explicit
+from ppo_fast.control.precision import in_precision, matmul_dtype_of
 from ppo_fast.control.small_batches import SmallBatches, why_not_small
 from ppo_fast.dispatch import current_backend
 from ppo_fast.distributions import Categorical, DiagGaussian
@@ -29,7 +30,7 @@ class AutogradLoss:
 
     def __init__(
         self,
-        policy: nn.Module,
+        policy: Any,
         distribution: Categorical | DiagGaussian,
         options: Options,
     ) -> None:
@@ -67,8 +68,10 @@ class ExplicitLoss:
         distribution: Categorical | DiagGaussian,
         options: Options,
         optimizer: FlatAdam,
+        matmul_dtype: torch.dtype | None = None,
     ) -> None:
         self.options = options
+        self.matmul_dtype = matmul_dtype
         self.features = features_of(policy)
         self.spec = spec_of(policy, distribution)
         self.parameters, self.gradients = optimizer.flat(policy.parameters())
@@ -103,6 +106,7 @@ class ExplicitLoss:
             action_mask=batch.action_mask,
             mask=batch.mask,
             weights=batch.weights,
+            matmul_dtype=self.matmul_dtype,
             workspace=self.workspace,
             **self.options(),
         )
@@ -140,9 +144,11 @@ def make_loss(
     distribution: Categorical | DiagGaussian,
     options: Options,
     optimizer: FlatAdam,
+    precision: str = "fp32",
 ) -> AutogradLoss | ExplicitLoss:
     """Choose the explicit gradient where the policy allows it."""
-    if why_not_explicit(policy) is None:
-        assert isinstance(policy, ActorCritic)
-        return ExplicitLoss(policy, distribution, options, optimizer)
-    return AutogradLoss(policy, distribution, options)
+    evaluator = in_precision(policy, precision, optimizer.device)
+    if isinstance(evaluator, ActorCritic) and why_not_explicit(evaluator) is None:
+        dtype = matmul_dtype_of(precision)
+        return ExplicitLoss(evaluator, distribution, options, optimizer, dtype)
+    return AutogradLoss(evaluator, distribution, options)

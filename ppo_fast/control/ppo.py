@@ -25,9 +25,10 @@ from ppo_fast.control.envs import Environments
 from ppo_fast.control.episodes import EpisodeStats
 from ppo_fast.control.explicit import why_not_explicit
 from ppo_fast.control.interrupt import DeferredInterrupt
-from ppo_fast.control.loss import make_loss
+from ppo_fast.control.loss import ExplicitLoss, make_loss
 from ppo_fast.control.make_envs import checked_device, make_environments
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
+from ppo_fast.control.precision import in_precision
 from ppo_fast.control.run_folder import RunFolder
 from ppo_fast.control.saving import (
     check_same_spaces,
@@ -131,6 +132,7 @@ class PPO:
         self.optimizer = FlatAdam(
             self.policy.parameters(), config.learning_rate, config.adam_eps, config.max_grad_norm
         )
+        self.evaluator = in_precision(self.policy, config.precision, self.device)
         self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.obs_normalizers = self._make_obs_normalizers()
         self.reward_normalizer = (
@@ -187,6 +189,7 @@ class PPO:
             c.activation,
             c.ortho_init,
             c.log_std_init,
+            c.shared_sizes,
         )
 
     def _make_obs_normalizers(self) -> dict[str, ObservationNormalizer]:
@@ -253,12 +256,19 @@ class PPO:
             )
         self._phase = None
         self._loss = make_loss(
-            self.policy, self.distribution, lambda: self._loss_options, self.optimizer
+            self.policy,
+            self.distribution,
+            lambda: self._loss_options,
+            self.optimizer,
+            config.precision,
         )
         self._start()
         self._open_folder()
-        why = why_not_explicit(self.policy)
-        log.debug("gradients by %s", "explicit backward" if why is None else f"autograd: {why}")
+        if isinstance(self._loss, ExplicitLoss):
+            log.info("gradients are written out: actor_critic_loss_and_grads")
+        else:
+            why = why_not_explicit(self.policy) or f"precision is {config.precision}"
+            log.info("gradients by autograd: %s", why)
         bar = self._progress_bar()
         threads = torch.get_num_threads()
         if self.device.type == "cpu":
@@ -491,7 +501,7 @@ class PPO:
                 )
             self.collector = Collector(
                 self.envs,
-                self.policy,
+                self.evaluator,
                 self.distribution,
                 self.config.num_steps,
                 self.device,
@@ -576,7 +586,7 @@ class PPO:
             rows = len(next(iter(tree_leaves(batch)))[1])
             mask = self.distribution.checked_mask(mask if mask.dim() > 1 else mask[None], rows)
         with torch.no_grad():
-            parameters = actor_of(self.policy, self._normalized(batch))
+            parameters = actor_of(self.evaluator, self._normalized(batch))
             if deterministic:
                 actions = self.distribution.mode(parameters, mask)
             else:
@@ -593,7 +603,7 @@ class PPO:
         """Values of one observation (0-d) or a batch [M], numpy, or torch for a tensor observation."""
         batch, batched = as_batch(obs, self.leaves, self.device)
         with torch.no_grad():
-            values = critic_of(self.policy, self._normalized(batch))
+            values = critic_of(self.evaluator, self._normalized(batch))
         values = values if batched else values[0]
         return values if _is_tensor(obs) else values.cpu().numpy()
 
