@@ -29,6 +29,8 @@ class Arm(NamedTuple):
 OURS = "ppo_fast"
 ARMS = {
     "ours": Arm(OURS, "ours"),
+    "ours-native": Arm(f"{OURS}, native envs", "ours", options={"vectorization": "native"}),
+    "bf16": Arm(f"{OURS}, bf16", "ours", options={"precision": "bf16"}),
     "tensor": Arm(f"{OURS}, tensor envs", "ours", options={"vectorization": "tensor"}),
     "sb3": Arm("stable-baselines3", "sb3", ("stable_baselines3",)),
     "sb3-atari": Arm("stable-baselines3", "sb3", ("stable_baselines3", "ale_py", "cv2")),
@@ -52,15 +54,36 @@ ARMS = {
 }
 
 ABLATIONS: dict[str, Arm] = {
+    "no tensor envs": Arm("gymnasium's native envs", "ours", options={"vectorization": "native"}),
     "no native envs": Arm("environments one by one", "ours", options={"vectorization": "sync"}),
     "no explicit gradient": Arm("gradient by autograd", "ours", options={"gradient": "autograd"}),
+    "no lean minibatches": Arm(
+        "the op a minibatch", "ours", options={"without": "lean minibatches"}
+    ),
+    "no lean actor": Arm("actor by its module", "ours", options={"without": "lean actor"}),
     # Where another process is busy the two wait for each other, which takes minutes.
     "two threads": Arm(
         "two torch threads", "ours", options={"torch_threads": 2}, share=0.2, cores=2
     ),
 }
 """Ours with one thing off. `options` are fields of the config, or arguments of `peers.ours.build`."""
-ARMS |= ABLATIONS
+HOST_ABLATIONS: dict[str, Arm] = {
+    "no lean host envs": Arm(
+        "gymnasium's SyncVectorEnv", "ours", options={"without": "lean host envs"}
+    ),
+    "no host statistics": Arm(
+        "statistics by torch", "ours", options={"without": "host statistics"}
+    ),
+    "no lean minibatches": ABLATIONS["no lean minibatches"],
+    "no explicit gradient": ABLATIONS["no explicit gradient"],
+}
+"""The same on environments of the host, with normalisation."""
+IMAGE_ABLATIONS: dict[str, Arm] = {
+    "no scores by the actor": Arm(
+        "rows scored afterwards", "ours", options={"without": "scores by the actor"}
+    ),
+}
+ARMS |= ABLATIONS | HOST_ABLATIONS | IMAGE_ABLATIONS
 
 
 class Case(NamedTuple):
@@ -135,7 +158,7 @@ CASES = {
         "CartPole-v1",
         DISCRETE,
         51_200,
-        ("ours", "sb3", "cleanrl", "envpool", "sbx", "torchrl", "jax"),
+        ("ours", "ours-native", "sb3", "cleanrl", "envpool", "sbx", "torchrl", "jax"),
         threshold=100.0,
     ),
     "cartpole-tensor": Case(
@@ -150,7 +173,13 @@ CASES = {
     "pendulum-tensor": Case(
         "Pendulum-v1", TENSOR_PENDULUM, 983_040, ("tensor", "rsl_rl"), threshold=-400.0
     ),
-    "pong": Case("PongNoFrameskip-v4", ATARI, 2_048, ("ours", "sb3-atari", "convolutions")),
+    "pong": Case(
+        "PongNoFrameskip-v4",
+        ATARI,
+        2_048,
+        ("ours", "bf16", *IMAGE_ABLATIONS, "sb3-atari", "convolutions"),
+    ),
+    "ablations-host": Case("HalfCheetah-v5", CONTINUOUS, 8_192, ("ours", *HOST_ABLATIONS)),
     "ablations": Case("CartPole-v1", DISCRETE, 51_200, ("ours", *ABLATIONS), threshold=100.0),
     "solved": Case(
         "CartPole-v1",

@@ -147,10 +147,13 @@ def solved(record: dict[str, Any]) -> list[str]:
     return [*lines, "", *closing("bench_control.py", notes, [source(record)])]
 
 
+ABLATED = {"ablations": "CartPole-v1", "ablations-host": "HalfCheetah-v5"}
+
+
 def ablations(record: dict[str, Any]) -> list[str]:
     """What each optimisation is worth."""
     lines = [
-        "What each part is worth: CartPole-v1 as above, with one thing off.",
+        f"What each part is worth: {ABLATED[record['rows'][0]['case']]} as above, with one thing off.",
         "",
         "| | steps a second, median (range) | times slower (in processor time) |",
         "|---|---|---|",
@@ -183,13 +186,19 @@ def update_phase(record: dict[str, Any]) -> list[str]:
 
 def control() -> list[str]:
     """All that the result files of bench_control.py show."""
-    names = [*TRAINING, "solved", "ablations", "update"]
+    names = [*TRAINING, "solved", "ablations", "ablations-host", "update"]
     files = {name: newest(f"control_{name.replace('-', '_')}") for name in names}
     records = {name: record for name, record in files.items() if record is not None}
     lines: list[str] = []
     if any(name in records for name in TRAINING):
         lines += training(records)
-    for name, section in {"solved": solved, "ablations": ablations, "update": update_phase}.items():
+    sections = {
+        "solved": solved,
+        "ablations": ablations,
+        "ablations-host": ablations,
+        "update": update_phase,
+    }
+    for name, section in sections.items():
         if name in records:
             lines += section(records[name])
     return lines

@@ -22,7 +22,9 @@ OPS: dict[str, Any] = {}
 """Every op defined here, by name; `tests/kernels/test_library_kernel.py` holds each to opcheck."""
 
 
-def opaque(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def opaque(
+    fake: Callable[..., Any], mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a launching function an opaque op, called in its place while a graph is traced.
 
     The op's schema is read off the function's annotations: tensors, optional tensors, ints, floats,
@@ -30,11 +32,12 @@ def opaque(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 
     Args:
         fake: takes the same arguments and returns unwritten tensors of the results' shape and dtype.
+        mutates: names of the tensors that the function writes to.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.lstrip("_")
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         op = OPS[name] = getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -13,6 +13,8 @@ from torch import Tensor
 ERRORS = {
     1: "log_probs_from_logits: an index lies outside [0, V); its log-prob is NaN",
     2: "ppo_loss_from_logits: an action lies outside its head; the loss is NaN",
+    3: "actor_critic_loss_and_grads: an action lies outside its head; the loss is NaN",
+    4: "actor_critic_loss_and_grads: an entry of index lies outside [0, N); the loss is NaN",
 }
 
 _marks: dict[torch.device, Tensor] = {}

@@ -38,7 +38,7 @@ R = TypeVar("R")
 
 BACKENDS = ("auto", "triton", "reference", "check")
 
-# Relative tolerance of `check`, by the coarsest dtype among a call's tensors.
+# Relative tolerance of `check`, by the coarsest dtype among a call's tensors and arguments.
 CHECK_RTOL = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 # A plain global rather than a ContextVar: torch.compile(fullgraph=True) traces it with a guard.
@@ -125,6 +125,7 @@ class Accelerated(Generic[P, R]):
         kernel: its Triton twin, or None.
         no_kernel: why `kernel` is None; empty otherwise.
         validate: raises on arguments the op does not take; called before `kernel`.
+        mutates: names of the tensors that the op writes to.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Accelerated(Generic[P, R]):
         kernel: Callable[P, R] | None,
         no_kernel: str = "",
         validate: Callable[..., None] | None = None,
+        mutates: tuple[str, ...] = (),
     ) -> None:
         functools.update_wrapper(self, reference)
         self.__name__: str = reference.__name__
@@ -140,6 +142,7 @@ class Accelerated(Generic[P, R]):
         self.kernel = kernel
         self.no_kernel = no_kernel
         self.validate = validate
+        self.mutates = mutates
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the implementation that the backend in force names; see the module's text."""
@@ -165,7 +168,7 @@ class Accelerated(Generic[P, R]):
         assert self.kernel is not None
         _refuse_transforms(self.__name__)
         if mode == "check":
-            _check(self.__name__, self.reference, self.kernel, args, kwargs)
+            _check(self.__name__, self.reference, self.kernel, args, kwargs, self.mutates)
         return self.kernel(*args, **kwargs)
 
     def why_not_kernel(self, *args: Any, **kwargs: Any) -> str | None:
@@ -206,12 +209,16 @@ def accelerated(reference: Callable[P, R], /) -> Accelerated[P, R]: ...
 
 @overload
 def accelerated(
-    *, validate: Callable[..., None]
+    *, validate: Callable[..., None], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[P, R]], Accelerated[P, R]]: ...
 
 
 def accelerated(
-    reference: Callable[P, R] | None = None, /, *, validate: Callable[..., None] | None = None
+    reference: Callable[P, R] | None = None,
+    /,
+    *,
+    validate: Callable[..., None] | None = None,
+    mutates: tuple[str, ...] = (),
 ) -> Accelerated[P, R] | Callable[[Callable[P, R]], Accelerated[P, R]]:
     """Bind an op to its same-named Triton twin; see the module's text for the rules.
 
@@ -222,17 +229,18 @@ def accelerated(
         reference: the plain-PyTorch op; `@accelerated` stands bare above it.
         validate: called with the op's arguments before the twin; raises where they do not fit. The
             reference calls it too.
+        mutates: names of the tensors that the op writes to.
 
     Raises:
         TypeError: the twin's signature differs from the reference's.
     """
     if reference is None:
-        return functools.partial(_accelerate, validate=validate)
-    return _accelerate(reference, validate=validate)
+        return functools.partial(_accelerate, validate=validate, mutates=mutates)
+    return _accelerate(reference, validate=validate, mutates=mutates)
 
 
 def _accelerate(
-    reference: Callable[P, R], validate: Callable[..., None] | None
+    reference: Callable[P, R], validate: Callable[..., None] | None, mutates: tuple[str, ...]
 ) -> Accelerated[P, R]:
     kernel, why = _bind_twin(reference)
     if kernel is not None:
@@ -245,7 +253,7 @@ def _accelerate(
                 f"{reference.__name__}: the kernel's signature {inspect.signature(kernel)} differs "
                 f"from the reference's {inspect.signature(reference)}"
             )
-    return Accelerated(reference, kernel, why, validate)
+    return Accelerated(reference, kernel, why, validate, mutates)
 
 
 def _refuse_transforms(name: str) -> None:
@@ -262,12 +270,22 @@ def _check(
     kernel: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    mutates: tuple[str, ...],
 ) -> None:
-    """Run both implementations on detached inputs; assert equal outputs and input gradients."""
-    floating = [t.dtype for t in _tensors((args, kwargs)) if t.is_floating_point()]
-    rtol = max((CHECK_RTOL.get(dtype, 2e-5) for dtype in floating), default=0.0)
+    """Run both implementations on detached inputs; assert equal outputs and input gradients.
 
-    def run(implementation: Callable[..., Any]) -> tuple[list[Tensor], list[Tensor | None]]:
+    And equal contents of the tensors they write to, which are put back.
+    """
+    arguments = inspect.signature(reference).bind(*args, **kwargs).arguments
+    floating = [t.dtype for t in _tensors((args, kwargs)) if t.is_floating_point()]
+    floating += [dtype for dtype in arguments.values() if isinstance(dtype, torch.dtype)]
+    rtol = max((CHECK_RTOL.get(dtype, 2e-5) for dtype in floating), default=0.0)
+    written = [arguments[mutated].detach() for mutated in mutates]
+    before = [tensor.clone() for tensor in written]
+
+    def run(
+        implementation: Callable[..., Any],
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
         # Each side draws the same random numbers and the caller's stream stays where it was.
         states = [v.get_state() for v in _generators(kwargs)]
         devices = (
@@ -294,10 +312,13 @@ def _check(
                 gradients = list(torch.autograd.grad(roots, leaves, seeds, allow_unused=True))
         for generator, state in zip(_generators(kwargs), states, strict=True):
             generator.set_state(state)
-        return outputs, gradients
+        contents = [tensor.clone() for tensor in written]
+        for tensor, old in zip(written, before, strict=True):
+            tensor.copy_(old)
+        return outputs, gradients, contents
 
-    expected, expected_grads = run(reference)
-    actual, actual_grads = run(kernel)
+    expected, expected_grads, expected_contents = run(reference)
+    actual, actual_grads, contents = run(kernel)
     if len(actual) != len(expected):
         raise AssertionError(
             f"{name}: the kernel returned {len(actual)} tensors, the reference {len(expected)}"
@@ -305,6 +326,9 @@ def _check(
     for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
         # Outputs near 0 are often differences of numbers near 1, a mean advantage say.
         _assert_close(f"{name}: output {index}", got, want, rtol, floor=rtol)
+    for mutated, got, want in zip(mutates, contents, expected_contents, strict=True):
+        floor = torch.finfo(want.dtype).eps
+        _assert_close(f"{name}: {mutated}, as the kernel left it", got, want, rtol, floor=floor)
     for index, (got_grad, want_grad) in enumerate(zip(actual_grads, expected_grads, strict=True)):
         if (got_grad is None) != (want_grad is None):
             raise AssertionError(

@@ -90,7 +90,13 @@ class ImageEncoder(nn.Module):
         """[M, H, W, C] or [M, C, H, W] uint8 to [M, 512] float32."""
         if self.channels_last:
             obs = obs.movedim(-1, 1)
-        return self.head(self.convolutions(obs.float() / 255))
+        first, *others = self.convolutions
+        assert isinstance(first, nn.Conv2d)
+        # The first weights are scaled instead of the images, which are a thousand times as large.
+        x = F.conv2d(obs.float(), first.weight / 255, first.bias, first.stride, first.padding)
+        for module in others:
+            x = module(x)
+        return self.head(x)
 
 
 class VectorEncoder(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppo_fast.capture import may_read
 from ppo_fast.config import PPOConfig
+from ppo_fast.functional.adam import clipped_adam_
 from ppo_fast.profiling import span
 from ppo_fast.results import PPO_STATS, PPOLoss
 from ppo_fast.rollout import Batch
@@ -94,7 +95,12 @@ class FlatAdam:
         for group in self._groups:
             group.gradients.zero_()
 
-    def step(self, loss: Tensor | None, veto: Tensor | None = None) -> tuple[Scalar, Scalar]:
+    def step(
+        self,
+        loss: Tensor | None,
+        veto: Tensor | None = None,
+        square_sums: Tensor | None = None,
+    ) -> tuple[Scalar, Scalar]:
         """Clip and step, unless the loss or a gradient is not finite, or `veto` forbids it.
 
         A NaN loss may leave finite gradients, of the rows that were well; so it is asked too.
@@ -102,11 +108,28 @@ class FlatAdam:
         Args:
             loss: 0-d, or None where it need not be asked.
             veto: 0-d bool.
+            square_sums: [B], adding up to the sum of squares of all gradients, if it is known.
 
         Returns:
             The gradient's global norm before clipping, and whether loss and gradient were finite:
             0-d tensors, or numbers on a CPU.
         """
+        if not may_read(self.device) and len(self._groups) == 1:
+            group = self._groups[0]
+            norm, finite = clipped_adam_(
+                group.parameters,
+                group.gradients,
+                group.exp_avg,
+                group.exp_avg_sq,
+                group.steps,
+                self.lr,
+                max_grad_norm=self.max_grad_norm,
+                eps=self.eps,
+                loss=loss,
+                veto=veto,
+                square_sums=square_sums,
+            )
+            return norm, finite.bool()
         norms = [_norm(group.gradients) for group in self._groups]
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         if may_read(self.device):
@@ -228,6 +251,9 @@ class Minibatches(Protocol):
     def approx_kl(self) -> Tensor:
         """Of the minibatch run last, 0-d."""
 
+    def square_sums(self) -> Tensor | None:
+        """[B], adding up to the sum of squares of the gradients left last, if it is known."""
+
     def stats(self) -> Tensor:
         """[S, len(PPO_STATS)] of all that were run."""
 
@@ -258,6 +284,9 @@ class Gathered:
     def approx_kl(self) -> Tensor:
         """See `Minibatches`."""
         return self._stats[-1][APPROX_KL]
+
+    def square_sums(self) -> None:
+        """See `Minibatches`."""
 
     def stats(self) -> Tensor:
         """See `Minibatches`."""
@@ -308,7 +337,7 @@ def ppo_update(
                 stopped = stopped | (minibatches.approx_kl() > config.target_kl)
             if config.adaptive_lr_kl is not None:
                 _adapt_learning_rate(optimizer.lr, minibatches.approx_kl(), config.adaptive_lr_kl)
-            norm, finite = optimizer.step(value, stopped)
+            norm, finite = optimizer.step(value, stopped, minibatches.square_sums())
             norms.append(norm)
             if stopped is not None:
                 going.append(~stopped)

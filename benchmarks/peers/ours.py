@@ -38,8 +38,51 @@ def environment(env_id: str, num_envs: int | None) -> str | gym.vector.VectorEnv
     )
 
 
+def _no_lean_minibatches() -> None:
+    from ppo_fast.control import loss
+
+    loss.why_not_here = lambda *_: "an ablation"
+
+
+def _no_lean_actor() -> None:
+    from ppo_fast.control import collect
+    from ppo_fast.control.actor import ModuleActor
+
+    collect.make_actor = ModuleActor  # type: ignore[assignment]
+
+
+def _no_lean_host_envs() -> None:
+    from ppo_fast.control import make_envs
+
+    def sync(makers: Any) -> gym.vector.SyncVectorEnv:
+        return gym.vector.SyncVectorEnv(makers, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+    make_envs._sync = sync
+
+
+def _no_host_statistics() -> None:
+    from ppo_fast.control.normalize import ObservationNormalizer
+
+    ObservationNormalizer.step_on_host = lambda *_: False  # type: ignore[method-assign]
+
+
+SWITCHES = {
+    "lean minibatches": _no_lean_minibatches,
+    "lean actor": _no_lean_actor,
+    "lean host envs": _no_lean_host_envs,
+    "host statistics": _no_host_statistics,
+    # On images its actor also scores the rows, which saves a pass through the convolutions.
+    "scores by the actor": _no_lean_actor,
+}
+
+
 def build(
-    env_id: str, config: ControlConfig, *, gradient: str = "explicit", **changes: Any
+    env_id: str,
+    config: ControlConfig,
+    *,
+    gradient: str = "explicit",
+    without: str = "",
+    **changes: Any,
 ) -> Trainer:
     """Make the trainer.
 
@@ -47,11 +90,14 @@ def build(
         env_id: what `PPO` takes, or an Atari id ending in NoFrameskip-v4.
         config: a `ControlConfig`, or something with its fields.
         gradient: "explicit", or "autograd" to withhold the policy's type.
+        without: one of `SWITCHES`, an optimisation to turn off in this process.
         changes: fields of the config to replace.
     """
     if not isinstance(config, ControlConfig):
         config = ControlConfig(**{**vars(config), **changes})
         changes = {}
+    if without:
+        SWITCHES[without]()
     policy = None
     if gradient == "autograd":
         policy = _plain(env_id, config)

@@ -21,6 +21,7 @@ from ppo_fast.capture import Phase, may_read
 from ppo_fast.control.actor import make_actor
 from ppo_fast.control.envs import Environments, Step
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
+from ppo_fast.control.precision import Autocast
 from ppo_fast.control.spaces import allocate
 from ppo_fast.distributions import Categorical, DiagGaussian
 from ppo_fast.models import critic_of
@@ -28,8 +29,9 @@ from ppo_fast.profiling import ranged
 from ppo_fast.rollout import Rollout
 from ppo_fast.tree import Tree, tree_cat, tree_copy, tree_leaves, tree_map, tree_rows, tree_unbind
 
-# Rows of a batched pass are chunked to about this many input elements, which stay in cache.
-CHUNK_ELEMENTS = 1 << 21
+# Rows of a batched pass are chunked to about this many elements of their widest layer, which stay in
+# cache; on a GPU they need only fit its memory.
+CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 1 << 17, 1 << 26
 
 
 class Collector:
@@ -72,6 +74,8 @@ class Collector:
         self.seconds: dict[str, float] = {}
         steps, width = num_steps, envs.num_envs
         self.num_steps = steps
+        module = policy.policy if isinstance(policy, Autocast) else policy
+        self._widest = max((p.shape[0] for p in module.parameters() if p.ndim), default=1)
         action_shape = distribution.action_shape
         self.rollout = Rollout(
             inputs=allocate(envs.leaves, (steps + 1, width), device),
@@ -399,8 +403,9 @@ class Collector:
         return values
 
     def _chunk_rows(self) -> int:
-        elements = sum(math.prod(leaf.shape[2:]) for _, leaf in tree_leaves(self.rollout.inputs))
-        return max(self.envs.num_envs, CHUNK_ELEMENTS // max(1, elements))
+        inputs = sum(math.prod(leaf.shape[2:]) for _, leaf in tree_leaves(self.rollout.inputs))
+        elements = CHUNK_ELEMENTS if self.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+        return max(self.envs.num_envs, elements // max(self._widest, inputs))
 
     def _check_finite(self) -> None:
         """Refuse NaN and infinity before anything learns from them, and name their source.

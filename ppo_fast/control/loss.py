@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ppo_fast.capture import may_read
 from ppo_fast.config import PPOConfig
+from ppo_fast.control.cpu_minibatches import CPUMinibatches, why_not_here
 from ppo_fast.control.explicit import features_of, spec_of, why_not_explicit
 from ppo_fast.control.precision import in_precision, matmul_dtype_of
-from ppo_fast.control.small_batches import SmallBatches, why_not_small
 from ppo_fast.dispatch import current_backend
 from ppo_fast.distributions import Categorical, DiagGaussian
 from ppo_fast.functional.actor_critic import ActorCriticWorkspace, actor_critic_loss_and_grads
@@ -76,22 +76,23 @@ class ExplicitLoss:
         self.spec = spec_of(policy, distribution)
         self.parameters, self.gradients = optimizer.flat(policy.parameters())
         self.workspace = ActorCriticWorkspace(self.parameters, self.gradients, self.spec)
-        self._small: SmallBatches | None = None
+        self._on_cpu: CPUMinibatches | None = None
 
     def minibatches(self, batch: Batch, config: PPOConfig) -> Minibatches:
         """See `ppo_fast.update.ppo_update`."""
         options, epochs, k = self.options(), config.update_epochs, config.num_minibatches
         if may_read(self.parameters.device) and current_backend() in ("auto", "reference"):
-            why_not = why_not_small(self.spec, batch, len(batch) // k, options)
+            why_not = why_not_here(self.spec, batch, len(batch) // k, options)
             if not why_not:
-                if self._small is None:
-                    self._small = SmallBatches(self.parameters, self.gradients, self.spec)
-                self._small.prepare(batch, self.features(batch.inputs), options, epochs, k)
-                return self._small
+                if self._on_cpu is None:
+                    self._on_cpu = CPUMinibatches(self.parameters, self.gradients, self.spec)
+                self._on_cpu.prepare(batch, self.features(batch.inputs), options, epochs, k)
+                return self._on_cpu
         return Indexed(self, batch, k)
 
     def __call__(self, batch: Batch, index: Tensor | None = None) -> PPOLoss:
         """See `ppo_fast.update.ppo_update`."""
+        self.workspace.square_sums = None
         return actor_critic_loss_and_grads(
             self.parameters,
             self.gradients,
@@ -133,6 +134,10 @@ class Indexed:
     def approx_kl(self) -> Tensor:
         """See `Minibatches`."""
         return self._stats[-1][APPROX_KL]
+
+    def square_sums(self) -> Tensor | None:
+        """See `Minibatches`."""
+        return self._loss.workspace.square_sums
 
     def stats(self) -> Tensor:
         """See `Minibatches`."""

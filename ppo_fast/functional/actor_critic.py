@@ -118,6 +118,8 @@ class ActorCriticWorkspace:
         _check_network(parameters, gradients, spec)
         self.parameters, self.gradients, self.spec = parameters, gradients, spec
         self.network = Network.of(parameters, gradients, spec)
+        self.square_sums: Tensor | None = None
+        """[B], adding up to the gradients' sum of squares, where a kernel found it on the way"""
         self._buffers: dict[int, Buffers] = {}
 
     def buffers(self, rows: int) -> Buffers:

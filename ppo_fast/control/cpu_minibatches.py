@@ -1,10 +1,11 @@
-"""The update of a small MLP actor-critic on a CPU, where the number of operations is the cost.
+"""The minibatches of an MLP actor-critic on a CPU, where the number of operations is the cost.
 
 A minibatch of a few hundred rows spends its time not in arithmetic but in getting from one small
-operation to the next. So this computes gradients and nothing else: rows are shuffled and advantages
-whitened once an epoch, actor and critic go through one batched product a layer, and the statistics
-are made of stored log-probs and values after the last minibatch, all at once. The formulas are those
-of `actor_critic_loss_and_grads`, which is its oracle (tests/test_small_batches.py).
+operation to the next, a large one in memory traffic. So this computes gradients and nothing else:
+rows are shuffled and advantages whitened once an epoch, actor and critic go through one batched
+product a layer, large minibatches in blocks that stay in cache, and the statistics are made of stored
+log-probs and values after the last minibatch, all at once. The formulas are those of
+`actor_critic_loss_and_grads`, which is its oracle (tests/test_cpu_minibatches.py).
 """
 
 from __future__ import annotations
@@ -20,16 +21,19 @@ from ppo_fast.functional._terms import ADVANTAGE_EPS, Rows, Terms
 from ppo_fast.results import ActorCriticSpec
 from ppo_fast.rollout import Batch
 
-MAX_ROWS = 4096
-"""Larger minibatches leave the cache; `actor_critic_loss_and_grads` walks them in blocks."""
+BLOCK_ELEMENTS = 1 << 17
+"""Rows times the widest layer, at a time: of 2^15 to 2^18 the quickest here."""
+
+STATS_ROWS = 1 << 15
+"""Rows whose statistics are made at once."""
 
 aten = torch.ops.aten
 
 
-def why_not_small(spec: ActorCriticSpec, batch: Batch, rows: int, options: dict[str, Any]) -> str:
+def why_not_here(spec: ActorCriticSpec, batch: Batch, rows: int, options: dict[str, Any]) -> str:
     """Say why minibatches of `rows` rows take the op itself; empty if they need not."""
-    if not 2 <= rows <= MAX_ROWS:
-        return f"minibatches have {rows} rows; expected 2 to {MAX_ROWS}"
+    if rows < 2:
+        return f"minibatches have {rows} rows"
     if spec.shared_sizes or spec.actor_sizes != spec.critic_sizes or not spec.actor_sizes:
         return "actor and critic differ in their hidden layers"
     if spec.squash:
@@ -58,17 +62,17 @@ class Columns(NamedTuple):
     neg_entropy: Tensor
 
 
-class Minibatch(NamedTuple):
-    """Views of what belongs to one minibatch."""
+class Block(NamedTuple):
+    """Views of what belongs to some rows of a minibatch."""
 
     obs: Tensor
     """[2, m, D], the same for actor and critic"""
     actions: list[Tensor]
     """[1, m] int64 for each categorical head; or one [A, m]"""
     columns: Columns
-    old: Tensor
-    """[4, m], the first four columns"""
     memory: Memory
+    total: int
+    """rows of the whole minibatch"""
 
 
 class Layer(NamedTuple):
@@ -141,7 +145,7 @@ class Memory(NamedTuple):
         )
 
 
-class SmallBatches:
+class CPUMinibatches:
     """Gradients of the minibatches of one update; see `ppo_fast.update.Minibatches`.
 
     Args:
@@ -178,7 +182,6 @@ class SmallBatches:
             bias, grad_bias = (flat[middle:end] for flat in (parameters, gradients))
             self.last.append(Last(weight, bias.unsqueeze(1), grad_weight, grad_bias))
         self._layout: tuple[int, int, int] | None = None
-        self._memories: dict[int, Memory] = {}
 
     def prepare(
         self, batch: Batch, obs: Tensor, options: dict[str, Any], epochs: int, k: int
@@ -202,37 +205,45 @@ class SmallBatches:
         limit = options.get("vf_clip_coef")
         self.vf_clip = float("inf") if limit is None else float(limit)
         vf_coef, self.ent_coef = float(options.get("vf_coef", 0.5)), float(options["ent_coef"])
-        self.vf_scale = {size: torch.tensor(vf_coef / size) for size in self._memories}
-        self.ent_scale = {size: torch.tensor(self.ent_coef / size) for size in self._memories}
+        self.vf_scale = {size: torch.tensor(vf_coef / size) for size in set(self.sizes)}
+        self.ent_scale = {size: torch.tensor(self.ent_coef / size) for size in set(self.sizes)}
 
     def _lay_out(self, number: int, epochs: int, k: int) -> None:
         """Allocate for a number of rows, and cut the memory up, once for all epochs and updates."""
         spec, gaussian = self.spec, self.spec.head_sizes is None
-        whole = torch.empty(len(Columns._fields), epochs * number)
-        self.columns = Columns(*whole.unbind())
+        self.whole = torch.empty(len(Columns._fields), epochs * number)
         self.shuffled_obs = torch.empty(number, spec.obs_size)
         heads = spec.num_outputs if gaussian else len(spec.head_sizes or ())
         dtype = torch.float32 if gaussian else torch.int64
         self.shuffled_actions = torch.empty(heads, number, dtype=dtype)
         self.sizes = [number // k + (part < number % k) for part in range(k)]
-        self._memories = {size: Memory.empty(size, spec) for size in sorted(set(self.sizes))}
-        self.epoch_old = list(whole[:4].split(number, 1))
-        self.minibatches = []
-        starts = [sum(self.sizes[:part]) for part in range(k)]
+        self.epoch_old = list(self.whole[:4].split(number, 1))
+        self.minibatches: list[list[Block]] = []
+        self.neg_advantages = list(self.whole[3].split(self.sizes * epochs))
+        memories: dict[int, Memory] = {}
+        step = max(1, BLOCK_ELEMENTS // max(spec.actor_sizes))
         for epoch in range(epochs):
-            for start, size in zip(starts, self.sizes, strict=True):
-                own = slice(start, start + size)
-                rows = whole[:, epoch * number + start : epoch * number + start + size]
-                obs, actions = self.shuffled_obs[own], self.shuffled_actions[:, own]
-                self.minibatches.append(
-                    Minibatch(
-                        obs.expand(2, size, spec.obs_size),
-                        [actions] if gaussian else list(actions.split(1)),
-                        Columns(*rows.unbind()),
-                        rows[:4],
-                        self._memories[size],
+            start = 0
+            for size in self.sizes:
+                blocks = []
+                for first in range(start, start + size, step):
+                    end = min(first + step, start + size)
+                    rows = end - first
+                    if rows not in memories:
+                        memories[rows] = Memory.empty(rows, spec)
+                    actions = self.shuffled_actions[:, first:end]
+                    own = self.whole[:, epoch * number + first : epoch * number + end]
+                    blocks.append(
+                        Block(
+                            self.shuffled_obs[first:end].expand(2, rows, spec.obs_size),
+                            [actions] if gaussian else list(actions.split(1)),
+                            Columns(*own.unbind()),
+                            memories[rows],
+                            size,
+                        )
                     )
-                )
+                self.minibatches.append(blocks)
+                start += size
 
     @torch.no_grad()
     def begin(self, epoch: int, order: Tensor) -> None:
@@ -241,8 +252,7 @@ class SmallBatches:
         self.shuffled_actions.copy_(self.actions.index_select(0, order).t())
         torch.index_select(self.old, 1, order, out=self.epoch_old[epoch])
         k = len(self.sizes)
-        for minibatch in self.minibatches[epoch * k : (epoch + 1) * k]:
-            advantages = minibatch.columns.neg_advantages
+        for advantages in self.neg_advantages[epoch * k : (epoch + 1) * k]:
             size = advantages.numel()
             scale = -1.0 / size
             if self.options["norm_adv"]:
@@ -256,9 +266,13 @@ class SmallBatches:
     @torch.no_grad()
     def run(self, number: int) -> None:
         """Write the gradients of the minibatch `number`, counted over the epochs."""
-        minibatch = self.minibatches[number]
-        memory, columns, activation = minibatch.memory, minibatch.columns, self.spec.activation
-        below = minibatch.obs
+        for place, block in enumerate(self.minibatches[number]):
+            self._run(block, accumulate=place > 0)
+        self.done = number + 1
+
+    def _run(self, block: Block, accumulate: bool) -> None:
+        memory, columns, activation = block.memory, block.columns, self.spec.activation
+        below = block.obs
         for layer, hidden in zip(self.layers, memory.hidden, strict=True):
             torch.baddbmm(layer.bias, below, layer.transposed, out=hidden)
             if activation == "tanh":
@@ -273,23 +287,24 @@ class SmallBatches:
         torch.addmm(actor.bias, actor.weight, memory.features_t[0], out=memory.outputs)
         torch.addmm(critic.bias, critic.weight, memory.features_t[1], out=values)
         if self.log_std is None:
-            self._categorical(minibatch)
+            self._categorical(block)
         else:
-            self._gaussian(minibatch)
-        self._values(columns, memory)
+            self._gaussian(block, accumulate)
+        self._values(block)
         for net, last, gradient in (
             (0, actor, memory.grad_outputs),
             (1, critic, memory.grad_values),
         ):
-            torch.mm(gradient, memory.features[net], out=last.grad_weight)
-            torch.sum(gradient, 1, out=last.grad_bias)
+            if accumulate:
+                last.grad_weight.addmm_(gradient, memory.features[net])
+                last.grad_bias.add_(gradient.sum(1))
+            else:
+                torch.mm(gradient, memory.features[net], out=last.grad_weight)
+                torch.sum(gradient, 1, out=last.grad_bias)
             torch.mm(gradient.t(), last.weight, out=memory.grad_features[net])
         for depth in range(len(self.layers) - 1, -1, -1):
-            layer, hidden, gradient = (
-                self.layers[depth],
-                memory.hidden[depth],
-                memory.gradients[depth],
-            )
+            layer = self.layers[depth]
+            hidden, gradient = memory.hidden[depth], memory.gradients[depth]
             if activation == "tanh":
                 aten.tanh_backward.grad_input(gradient, hidden, grad_input=gradient)
             elif activation == "relu":
@@ -298,12 +313,15 @@ class SmallBatches:
                 aten.elu_backward.grad_input(
                     gradient, 1.0, 1.0, 1.0, True, hidden, grad_input=gradient
                 )
-            below = memory.hidden[depth - 1] if depth else minibatch.obs
-            torch.bmm(memory.gradients_t[depth], below, out=layer.grad_weight)
-            torch.sum(gradient, 1, out=layer.grad_bias)
+            below = memory.hidden[depth - 1] if depth else block.obs
+            if accumulate:
+                layer.grad_weight.baddbmm_(memory.gradients_t[depth], below)
+                layer.grad_bias.add_(gradient.sum(1))
+            else:
+                torch.bmm(memory.gradients_t[depth], below, out=layer.grad_weight)
+                torch.sum(gradient, 1, out=layer.grad_bias)
             if depth:
                 torch.bmm(gradient, layer.weight, out=memory.gradients[depth - 1])
-        self.done = number + 1
 
     def _pull(self, columns: Columns, memory: Memory) -> Tensor:
         """The gradient [m] by the log-probs: of max(-A r, -A clamp(r)), where the clip is not it."""
@@ -318,15 +336,15 @@ class SmallBatches:
         torch.le(clipped, pull, out=active)
         return pull.mul_(active).mul_(within)
 
-    def _categorical(self, minibatch: Minibatch) -> None:
+    def _categorical(self, block: Block) -> None:
         """Store log-probs and entropies, and the gradient by the logits.
 
         d_j = g (1[j = action] - p_j) + c p_j (log p_j + H), with g of `_pull`, c the entropy's
         coefficient and H the head's entropy.
         """
-        columns, memory = minibatch.columns, minibatch.memory
+        columns, memory = block.columns, block.memory
         picked, neg_entropies = [], []
-        pairs = list(zip(memory.heads, memory.grad_heads, minibatch.actions, strict=True))
+        pairs = list(zip(memory.heads, memory.grad_heads, block.actions, strict=True))
         for logits, probs, action in pairs:
             log_probs = torch._log_softmax(logits, 0, False, out=logits)
             torch.exp(log_probs, out=probs)
@@ -338,7 +356,7 @@ class SmallBatches:
             columns.neg_entropy.add_(more)
             columns.log_probs.add_(log_probs[0])
         pull = self._pull(columns, memory)
-        ent_scale = self.ent_scale[pull.numel()]
+        ent_scale = self.ent_scale[block.total]
         for (log_probs, probs, action), neg_entropy in zip(pairs, neg_entropies, strict=True):
             if self.ent_coef:
                 log_probs.sub_(neg_entropy).mul_(ent_scale).sub_(pull)
@@ -347,25 +365,29 @@ class SmallBatches:
                 probs.mul_(pull).neg_()
             probs.scatter_add_(0, action, pull.unsqueeze(0))
 
-    def _gaussian(self, minibatch: Minibatch) -> None:
+    def _gaussian(self, block: Block, accumulate: bool) -> None:
         """The same for the means, and the gradient by log_std."""
         assert self.log_std is not None
-        columns, memory, size = minibatch.columns, minibatch.memory, self.spec.num_outputs
+        columns, memory, size = block.columns, block.memory, self.spec.num_outputs
         inv_std = self.log_std.neg().exp_()
-        z = torch.sub(minibatch.actions[0], memory.outputs, out=memory.grad_outputs).mul_(inv_std)
+        z = torch.sub(block.actions[0], memory.outputs, out=memory.grad_outputs).mul_(inv_std)
         squares = torch.mul(z, z, out=memory.outputs)
         constant = float(self.log_std.sum()) + size * HALF_LOG_2PI
         torch.sum(squares, 0, out=columns.log_probs)
         columns.log_probs.mul_(-0.5).sub_(constant)
         columns.neg_entropy.fill_(-constant - 0.5 * size)
         pull = self._pull(columns, memory)
-        torch.mv(squares.sub_(1.0), pull, out=self.grad_log_std)
-        if self.ent_coef:
-            self.grad_log_std.sub_(self.ent_coef)
+        if accumulate:
+            self.grad_log_std.addmv_(squares.sub_(1.0), pull)
+        else:
+            torch.mv(squares.sub_(1.0), pull, out=self.grad_log_std)
+            if self.ent_coef:
+                self.grad_log_std.sub_(self.ent_coef)
         z.mul_(inv_std).mul_(pull)
 
-    def _values(self, columns: Columns, memory: Memory) -> None:
+    def _values(self, block: Block) -> None:
         """The gradient of half the larger of both squared errors, clipped and not."""
+        columns, memory = block.columns, block.memory
         error = torch.sub(columns.values, columns.returns, out=memory.grad_values[0])
         if self.vf_clip < float("inf"):
             size, moved, clipped = memory.vectors[:3]
@@ -375,21 +397,34 @@ class SmallBatches:
             torch.sub(error, clipped, out=clipped)
             torch.abs(error, out=size)
             error.mul_(size.ge_(clipped.abs_()))
-        error.mul_(self.vf_scale[error.numel()])
+        error.mul_(self.vf_scale[block.total])
 
     @torch.no_grad()
     def approx_kl(self) -> Tensor:
         """Of the minibatch run last, 0-d."""
-        columns = self.minibatches[self.done - 1].columns
-        log_ratio = columns.log_probs - columns.old_log_probs
+        blocks = [block.columns for block in self.minibatches[self.done - 1]]
+        log_ratio = torch.cat([c.log_probs - c.old_log_probs for c in blocks])
         log_ratio.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         return (log_ratio.expm1() - log_ratio).mean()
+
+    def square_sums(self) -> None:
+        """Not known."""
 
     @torch.no_grad()
     def stats(self) -> Tensor:
         """[S, len(PPO_STATS)] of the S minibatches run so far."""
-        sizes = [m.columns.values.numel() for m in self.minibatches[: self.done]]
-        c = Columns(*(column[: sum(sizes)] for column in self.columns))
+        k = len(self.sizes)
+        sizes = (self.sizes * (self.done // k + 1))[: self.done]
+        group = max(1, STATS_ROWS // max(self.sizes))
+        found, start = [], 0
+        for first in range(0, self.done, group):
+            own = sizes[first : first + group]
+            found.append(self._stats(self.whole[:, start : start + sum(own)], own))
+            start += sum(own)
+        return torch.cat(found)
+
+    def _stats(self, whole: Tensor, sizes: list[int]) -> Tensor:
+        c = Columns(*whole.unbind())
         rows = Rows(
             c.old_log_probs, c.neg_advantages, c.values, c.old_values, c.returns, *[None] * 4
         )
