@@ -8,10 +8,10 @@ NEWEST := 3.9.0
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-ops lint bench learn gpu clean
+.PHONY: help train test test-ops lint bench bench-control learn gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  PYTHON=python3.12 chooses the interpreter of a new $(VENV); ARGS="..." adds flags to a target'
 
 train: $(VENV)/ready ## train CartPole-v1 until it is solved, into a new folder under runs/
@@ -36,6 +36,9 @@ bench: $(VENV)/ready-learn ## time every op and the trainer against the peers
 	    echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
 
+bench-control: $(VENV)/ready-peers ## time training against every peer, 23 minutes on two quiet cores
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_control.py --case all --json $(ARGS)
+
 learn: $(VENV)/ready-learn ## train the reference environments over seeds and write the table
 	$(BIN)/python benchmarks/learn.py $(ARGS)
 
@@ -57,6 +60,10 @@ $(VENV)/ready: requirements.txt setup.py
 
 $(VENV)/ready-learn: $(VENV)/ready requirements-learn.txt
 	$(BIN)/python -m pip install -r requirements-learn.txt
+	@touch $@
+
+$(VENV)/ready-peers: $(VENV)/ready-learn requirements-peers.txt
+	$(BIN)/python -m pip install -r requirements-peers.txt
 	@touch $@
 
 .PRECIOUS: $(VENV)/triton-%/ready
