@@ -213,14 +213,48 @@ class Collector:
         tree_copy(self._input_rows[0], self._input_rows[steps])
         shape = (steps, self.envs.num_envs)
         self._actor.begin(self.distribution.noise(shape, self.device, self.generator))
-        if self.envs.capturable:
-            self.envs.env.begin_sequence()
         finals: list[tuple[int, Tree, Any]] = []
+        if self.envs.capturable:
+            self._step_tensors(finals)
+        else:
+            self._step_any(finals)
+        self._finish_columns()
+        before = time.perf_counter()
+        ranged("rollout/inference", self._score)(finals)
+        self._scoring = time.perf_counter() - before
+
+    def _step_tensors(self, finals: list[tuple[int, Tree, Any]]) -> None:
+        """Step a `TensorEnv`, whose shapes and dtypes need no asking."""
+        env, to_env = self.envs.env, self.distribution.to_env
+        env.begin_sequence()
+        rewards, terminated, truncated = (
+            self._columns[name] for name in ("rewards", "terminated", "truncated")
+        )
+        clock = time.perf_counter
+        act = ranged("rollout/inference", self._actor.act)
+        step_envs = ranged("rollout/environment", env.step)
+        acting = stepping = 0.0
+        for t in range(self.num_steps):
+            before = clock()
+            actions = to_env(act(t, self._input_rows[t], None))
+            acted = clock()
+            obs, reward, over, cut, info = step_envs(actions)
+            stepped = clock()
+            acting += acted - before
+            stepping += stepped - acted
+            rewards[t].copy_(reward)
+            terminated[t].copy_(over)
+            truncated[t].copy_(cut)
+            self._store_observation(obs, t + 1, None)
+            self._keep_finals(t, info["final_obs"], over, cut, finals)
+        self._acting, self._stepping = acting, stepping
+
+    def _step_any(self, finals: list[tuple[int, Tree, Any]]) -> None:
         clock = time.perf_counter
         act = ranged("rollout/inference", self._act)
         step_envs = ranged("rollout/environment", self.envs.step)
         acting = stepping = 0.0
-        for t in range(steps):
+        for t in range(self.num_steps):
             before = clock()
             env_actions = act(t)
             acted = clock()
@@ -229,10 +263,7 @@ class Collector:
             acting += acted - before
             stepping += stepped - acted
             self._store(t, step, finals)
-        self._finish_columns()
-        scoring = clock()
-        ranged("rollout/inference", self._score)(finals)
-        self._acting, self._stepping, self._scoring = acting, stepping, clock() - scoring
+        self._acting, self._stepping = acting, stepping
 
     def _act(self, t: int) -> Any:
         actions = self._actor.act(t, self._input_rows[t], self._action_mask(t))
@@ -287,11 +318,23 @@ class Collector:
             return
         if step.final_index is not None:
             finals.append((t, self._normalized(step.final_obs), step.final_index))
-        elif not may_read(self.device):
-            self._store_dense_final(t, self._normalized(step.final_obs))
-        elif step.truncated.any():
-            index = (step.truncated & ~step.terminated).nonzero().squeeze(1)
-            finals.append((t, tree_rows(self._normalized(step.final_obs), index), index))
+        else:
+            self._keep_finals(t, step.final_obs, step.terminated, step.truncated, finals)
+
+    def _keep_finals(
+        self,
+        t: int,
+        final_obs: Any,
+        terminated: Tensor,
+        truncated: Tensor,
+        finals: list[tuple[int, Tree, Any]],
+    ) -> None:
+        """Keep the last observations of truncated episodes, of all environments' `final_obs`."""
+        if not may_read(self.device):
+            self._store_dense_final(t, self._normalized(final_obs))
+        elif truncated.any():
+            index = (truncated & ~terminated).nonzero().squeeze(1)
+            finals.append((t, tree_rows(self._normalized(final_obs), index), index))
 
     def _store_dense_final(self, t: int, final: Tree) -> None:
         if self._dense_finals is None:

@@ -62,6 +62,9 @@ class Columns(NamedTuple):
     neg_entropy: Tensor
 
 
+LOG_PROBS, VALUES = Columns._fields.index("log_probs"), Columns._fields.index("values")
+
+
 class Block(NamedTuple):
     """Views of what belongs to some rows of a minibatch."""
 
@@ -70,6 +73,10 @@ class Block(NamedTuple):
     actions: list[Tensor]
     """[1, m] int64 for each categorical head; or one [A, m]"""
     columns: Columns
+    values: Tensor
+    """[1, m], those of the columns"""
+    log_probs: Tensor
+    """[1, m], likewise"""
     memory: Memory
     total: int
     """rows of the whole minibatch"""
@@ -119,8 +126,12 @@ class Memory(NamedTuple):
     grad_heads: list[Tensor]
     grad_values: Tensor
     """[1, m]"""
+    grad_last: list[tuple[Tensor, Tensor]]
+    """`grad_outputs` and `grad_values`, each with its transpose"""
     vectors: list[Tensor]
     """[m], scratch"""
+    pull: Tensor
+    """[1, m], the first of them"""
 
     @classmethod
     def empty(cls, rows: int, spec: ActorCriticSpec) -> Memory:
@@ -129,6 +140,7 @@ class Memory(NamedTuple):
         gradients = [torch.empty_like(h) for h in hidden]
         outputs, grad_outputs = torch.empty(2, spec.num_outputs, rows)
         sizes = spec.head_sizes or (spec.num_outputs,)
+        grad_values, vectors = torch.empty(1, rows), torch.empty(4, rows)
         return cls(
             hidden,
             gradients,
@@ -140,8 +152,10 @@ class Memory(NamedTuple):
             grad_outputs,
             list(outputs.split(sizes)),
             list(grad_outputs.split(sizes)),
-            torch.empty(1, rows),
-            list(torch.empty(4, rows).unbind()),
+            grad_values,
+            [(gradient, gradient.t()) for gradient in (grad_outputs, grad_values)],
+            list(vectors.unbind()),
+            vectors[:1],
         )
 
 
@@ -238,6 +252,8 @@ class CPUMinibatches:
                             self.shuffled_obs[first:end].expand(2, rows, spec.obs_size),
                             [actions] if gaussian else list(actions.split(1)),
                             Columns(*own.unbind()),
+                            own[VALUES : VALUES + 1],
+                            own[LOG_PROBS : LOG_PROBS + 1],
                             memories[rows],
                             size,
                         )
@@ -271,7 +287,7 @@ class CPUMinibatches:
         self.done = number + 1
 
     def _run(self, block: Block, accumulate: bool) -> None:
-        memory, columns, activation = block.memory, block.columns, self.spec.activation
+        memory, activation = block.memory, self.spec.activation
         below = block.obs
         for layer, hidden in zip(self.layers, memory.hidden, strict=True):
             torch.baddbmm(layer.bias, below, layer.transposed, out=hidden)
@@ -283,25 +299,22 @@ class CPUMinibatches:
                 aten.elu_(hidden)
             below = hidden
         actor, critic = self.last
-        values = columns.values.unsqueeze(0)
         torch.addmm(actor.bias, actor.weight, memory.features_t[0], out=memory.outputs)
-        torch.addmm(critic.bias, critic.weight, memory.features_t[1], out=values)
+        torch.addmm(critic.bias, critic.weight, memory.features_t[1], out=block.values)
         if self.log_std is None:
             self._categorical(block)
         else:
             self._gaussian(block, accumulate)
         self._values(block)
-        for net, last, gradient in (
-            (0, actor, memory.grad_outputs),
-            (1, critic, memory.grad_values),
-        ):
+        for net, (gradient, gradient_t) in enumerate(memory.grad_last):
+            last = self.last[net]
             if accumulate:
                 last.grad_weight.addmm_(gradient, memory.features[net])
                 last.grad_bias.add_(gradient.sum(1))
             else:
                 torch.mm(gradient, memory.features[net], out=last.grad_weight)
                 torch.sum(gradient, 1, out=last.grad_bias)
-            torch.mm(gradient.t(), last.weight, out=memory.grad_features[net])
+            torch.mm(gradient_t, last.weight, out=memory.grad_features[net])
         for depth in range(len(self.layers) - 1, -1, -1):
             layer = self.layers[depth]
             hidden, gradient = memory.hidden[depth], memory.gradients[depth]
@@ -343,18 +356,22 @@ class CPUMinibatches:
         coefficient and H the head's entropy.
         """
         columns, memory = block.columns, block.memory
-        picked, neg_entropies = [], []
         pairs = list(zip(memory.heads, memory.grad_heads, block.actions, strict=True))
-        for logits, probs, action in pairs:
+        neg_entropies = []
+        for number, (logits, probs, action) in enumerate(pairs):
             log_probs = torch._log_softmax(logits, 0, False, out=logits)
             torch.exp(log_probs, out=probs)
-            neg_entropies.append((log_probs * probs).sum(0))
-            picked.append(log_probs.gather(0, action))
-        columns.neg_entropy.copy_(neg_entropies[0])
-        columns.log_probs.copy_(picked[0][0])
-        for more, log_probs in zip(neg_entropies[1:], picked[1:], strict=True):
-            columns.neg_entropy.add_(more)
-            columns.log_probs.add_(log_probs[0])
+            products = log_probs * probs
+            if len(pairs) == 1:
+                neg_entropies.append(torch.sum(products, 0, out=columns.neg_entropy))
+                torch.gather(log_probs, 0, action, out=block.log_probs)
+                break
+            if number == 0:
+                columns.neg_entropy.zero_()
+                columns.log_probs.zero_()
+            neg_entropies.append(products.sum(0))
+            columns.neg_entropy.add_(neg_entropies[-1])
+            block.log_probs.add_(log_probs.gather(0, action))
         pull = self._pull(columns, memory)
         ent_scale = self.ent_scale[block.total]
         for (log_probs, probs, action), neg_entropy in zip(pairs, neg_entropies, strict=True):
@@ -363,7 +380,7 @@ class CPUMinibatches:
                 probs.mul_(log_probs)
             else:
                 probs.mul_(pull).neg_()
-            probs.scatter_add_(0, action, pull.unsqueeze(0))
+            probs.scatter_add_(0, action, memory.pull)
 
     def _gaussian(self, block: Block, accumulate: bool) -> None:
         """The same for the means, and the gradient by log_std."""

@@ -168,11 +168,6 @@ class Environments:
                 than its spaces promise.
             RuntimeError: a worker process ended.
         """
-        if self.capturable:
-            # Tensors of known shapes, whose checks would cost half as much as the step.
-            obs, rewards, terminated, truncated, self.info = self.env.step(actions)
-            final_obs = self.info["final_obs"]
-            return Step(obs, rewards, terminated, truncated, None, final_obs, None)
         result = self._call("step", actions)
         if len(result) == 5:
             obs, rewards, terminated, truncated, info = result
@@ -276,8 +271,6 @@ class Environments:
         (Gymnasium's toy text, PettingZoo), or else from a method `action_masks()` of the
         environment (sb3-contrib's convention).
         """
-        if self.capturable:
-            return None
         legal = self._legal(self.info)
         if legal is None and hasattr(self.env, "action_masks"):
             mask = self.env.action_masks()
