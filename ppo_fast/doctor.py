@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppo_fast import functional
 from ppo_fast.dispatch import Accelerated, current_backend
+from ppo_fast.results import ActorCriticSpec
 
 PACKAGES = ("torch", "triton", "numpy", "gymnasium", "nvtx", "safetensors", "tyro", "tensorboard")
 
@@ -119,7 +120,45 @@ def self_checks(device: torch.device) -> dict[str, Callable[[], float]]:
         want = (old.double() - old.double().mean()) / (old.double().std() + 1e-8)
         return error(functional.masked_whiten(old), want)
 
+    def check_actor_critic() -> float:
+        spec = ActorCriticSpec(5, (), (16,), (16,), 4, "tanh", (4,))
+        parameters, obs = 0.3 * randn(spec.num_parameters), randn(33, 5)
+        actions = index % 4
+        gradients = torch.empty_like(parameters)
+        got = functional.actor_critic_loss_and_grads(
+            *(parameters, gradients, spec, obs, actions, old - 1, advantages, old, old),
+            clip_coef=0.2,
+            ent_coef=0.01,
+        )
+        exact = parameters.double().requires_grad_()
+        parts = exact.split([80, 16, 64, 4, 80, 16, 16, 1])
+        logits, values = (
+            (obs.double() @ w1.view(16, 5).t() + b1).tanh() @ w2.view(-1, 16).t() + b2
+            for w1, b1, w2, b2 in (parts[:4], parts[4:])
+        )
+        log_p = logits.log_softmax(-1)
+        taken = log_p.gather(-1, actions[:, None]).squeeze(-1)
+        loss = _surrogate(taken - old.double() + 1, advantages.double())
+        loss = loss + 0.25 * (values.squeeze(-1) - old.double()).square().mean()
+        loss = loss + 0.01 * (log_p.exp() * log_p).sum(-1).mean()
+        want = torch.cat((torch.autograd.grad(loss, exact)[0], loss.detach().reshape(1)))
+        return error(torch.cat((gradients, got.loss.reshape(1))), want)
+
+    def check_adam() -> float:
+        ours, gradient = randn(33), randn(33)
+        theirs = torch.nn.Parameter(ours.double())
+        theirs.grad = gradient.double()
+        norm = torch.nn.utils.clip_grad_norm_([theirs], 0.5)
+        torch.optim.Adam([theirs], lr=0.1, eps=1e-5).step()
+        first, second, steps = (torch.zeros_like(ours[:size]) for size in (33, 33, 1))
+        got = functional.clipped_adam_(
+            *(ours, gradient, first, second, steps.squeeze(0), 0.1), max_grad_norm=0.5
+        )
+        return error(torch.cat((ours, got[:1])), torch.cat((theirs.detach(), norm.reshape(1))))
+
     return {
+        "actor_critic_loss_and_grads": check_actor_critic,
+        "clipped_adam_": check_adam,
         "gae": check_gae,
         "gae_packed": check_packed,
         "ppo_loss": check_loss,
@@ -165,6 +204,6 @@ def report() -> tuple[str, bool]:
             why_not = str(failure).partition("\n")[0]
             fine, verdict = False, f"FAILED {type(failure).__name__}: {why_not}"
         well = well and fine
-        lines.append(f"  {name:24} {served:10} {verdict:14} ({why})")
+        lines.append(f"  {name:28} {served:10} {verdict:14} ({why})")
     lines.append("all is well" if well else "something is wrong: see the lines marked above")
     return "\n".join(lines), well

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ppo_fast.capture import rehearsal
+from ppo_fast.dispatch import Accelerated, backend
 from ppo_fast.functional.adam import clipped_adam_
 
 P = 50
@@ -148,3 +149,44 @@ def test_bad_buffers_are_refused(position, value, message):
 def test_bad_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=f"clipped_adam_: {message}"):
         clipped_adam_(*buffers(), 1e-3, **{"max_grad_norm": 0.5} | change)
+
+
+@pytest.mark.parametrize("name", clipped_adam_.mutates)
+def test_check_compares_what_is_left_in_each_buffer_and_puts_them_back(name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    names = ("parameters", "gradients", "exp_avg", "exp_avg_sq", "steps")
+    state = buffers()
+    before = [x.clone() for x in state]
+    seen = []
+
+    def kernel(*args, **kwargs):
+        seen.append([x.clone() for x in args[:5]])
+        result = clipped_adam_.reference(*args, **kwargs)
+        args[names.index(name)].add_(fault)
+        return result
+
+    op = Accelerated(clipped_adam_.reference, kernel, mutates=clipped_adam_.mutates)
+    fault = 0.01
+    with backend("check"), pytest.raises(AssertionError, match=f"{name}, as the kernel left it"):
+        op(*state, 1e-3, max_grad_norm=0.5)
+    torch.testing.assert_close(seen[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(state, before, rtol=0, atol=0)
+    fault = 0.0
+    with backend("check"):
+        op(*state, 1e-3, max_grad_norm=0.5)
+    once = [x.clone() for x in before]
+    clipped_adam_.reference(*once, 1e-3, max_grad_norm=0.5)
+    torch.testing.assert_close(state, once, rtol=0, atol=0)
+
+
+def test_check_allows_for_the_coarsest_dtype_among_the_arguments(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def reference(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return x * 1.0
+
+    op = Accelerated(reference, lambda x, dtype=None: x * 1.002)
+    with backend("check"):
+        op(torch.ones(3), torch.float16)
+        with pytest.raises(AssertionError):
+            op(torch.ones(3))

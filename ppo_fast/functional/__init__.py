@@ -5,6 +5,8 @@ Shape letters everywhere: T time, N environments, B sequences, M rows of a minib
 V vocabulary, D hidden.
 """
 
+from ppo_fast.functional.actor_critic import actor_critic_loss_and_grads
+from ppo_fast.functional.adam import clipped_adam_
 from ppo_fast.functional.gae import gae, gae_packed
 from ppo_fast.functional.gaussian import log_probs_from_gaussian
 from ppo_fast.functional.kl import approx_kl, kl_from_logits
@@ -14,7 +16,9 @@ from ppo_fast.functional.sample import sample_from_logits
 from ppo_fast.functional.whiten import masked_whiten
 
 __all__ = [
+    "actor_critic_loss_and_grads",
     "approx_kl",
+    "clipped_adam_",
     "gae",
     "gae_packed",
     "kl_from_logits",

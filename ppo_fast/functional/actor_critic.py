@@ -118,8 +118,7 @@ class ActorCriticWorkspace:
         _check_network(parameters, gradients, spec)
         self.parameters, self.gradients, self.spec = parameters, gradients, spec
         self.network = Network.of(parameters, gradients, spec)
-        self.square_sums: Tensor | None = None
-        """[B], adding up to the gradients' sum of squares, where a kernel found it on the way"""
+        self.square_sums: Tensor | None = None  # of the gradients, as `clipped_adam_` takes them
         self._buffers: dict[int, Buffers] = {}
 
     def buffers(self, rows: int) -> Buffers:
@@ -334,6 +333,7 @@ def actor_critic_loss_and_grads(
     )
     if workspace is None:
         workspace = ActorCriticWorkspace(parameters, gradients, spec)
+    workspace.square_sums = None  # the kernel's, which would be of other gradients
     if index is not None:
         obs = obs.index_select(0, index)
         actions = actions.index_select(0, index)
