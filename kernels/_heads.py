@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -45,6 +45,7 @@ from ppo_fast.kernels._surrogate import (
     ALL,
     ILLEGAL,
     Packed,
+    Prepared,
     Scalar,
     advantage_whitening,
     finish,
@@ -525,6 +526,124 @@ def _outputs(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
+class Totals(NamedTuple):
+    """Where a loss kernel leaves what it sums over the rows; see `_surrogate.finish`.
+
+    Several launches may share these, each with the rows that follow the next one's: each has a share
+    of `partials`, and the last launch, whose share is the first, adds all up.
+    """
+
+    partials: Tensor
+    """[programs, 16], of this launch and those before it"""
+    log_std_partials: Tensor | None
+    """[programs, A], likewise"""
+    ticket: Tensor
+    loss: Tensor
+    stats: Tensor
+    inv_n: Tensor
+    programs: int
+    """of all launches together"""
+
+
+class Tiles(NamedTuple):
+    """How many rows a program takes."""
+
+    lanes: int
+    block: int
+    tiles: int
+    programs: int
+
+
+def tiles_of_heads(M: int, head_sizes: Sequence[int]) -> Tiles:
+    """For `launch_categorical`."""
+    is_few = len(head_sizes) <= HEADS_IN_REGISTERS
+    lanes = _lanes(sum(head_sizes) if is_few else max(head_sizes), 24)
+    return Tiles(lanes, *_plan(M, lanes))
+
+
+def tiles_of_gaussian(M: int, A: int) -> Tiles:
+    """For `launch_gaussian`."""
+    lanes = _lanes(A, 12)
+    return Tiles(lanes, *_plan(M, lanes))
+
+
+def launch_categorical(
+    x: Tensor,
+    actions: Tensor,
+    legal: Tensor | None,
+    head_sizes: Sequence[int],
+    temperature: Scalar | None,
+    p: Prepared,
+    grad_logits: Tensor | None,
+    grad_values: Tensor | None,
+    totals: Totals,
+) -> None:
+    """Launch `categorical_loss_kernel` on logits and legal actions [M, A] and actions [M, heads]."""
+    M, A = x.shape
+    lanes, block, tiles, programs = tiles_of_heads(M, head_sizes)
+    first = [sum(head_sizes[:i]) for i in range(len(head_sizes))]
+    if len(head_sizes) <= HEADS_IN_REGISTERS:
+        starts = None
+        heads = [
+            (start, size, _width(size, lanes, start, A, _offset(x)))
+            for start, size in zip(first, head_sizes, strict=True)
+        ]
+    else:
+        starts, size = _starts((*first, A), x.device), max(head_sizes)
+        heads = [(0, size, _width(size, lanes, *first, *head_sizes, _offset(x)))]
+    launch(
+        categorical_loss_kernel,
+        (programs,),
+        *(x, actions, legal, starts, temperature),
+        *(p.rows, p.moments, p.parts, p.numbers, grad_logits, grad_values),
+        *(totals.partials, totals.ticket, mark_of(x.device)),
+        *(totals.loss, totals.stats, totals.inv_n, M, tiles, totals.programs, len(head_sizes)),
+        HEADS=tuple(heads),
+        A=A,
+        STRIDE=x.stride(0),
+        MASK_STRIDE=0 if legal is None else legal.stride(0),
+        BLOCK=block,
+        num_warps=THREADS // 32,
+        **p.meta,
+    )
+
+
+def launch_gaussian(
+    x: Tensor,
+    log_std: Tensor,
+    actions: Tensor,
+    squash: bool,
+    p: Prepared,
+    grad_mean: Tensor | None,
+    grad_log_std: Tensor | None,
+    grad_values: Tensor | None,
+    totals: Totals,
+) -> None:
+    """Launch `gaussian_loss_kernel` on means and actions [M, A] and log_std [M, A] or [A]."""
+    M, A = x.shape
+    lanes, block, tiles, programs = tiles_of_gaussian(M, A)
+    is_shared = log_std.dim() == 1
+    s = as_rows(log_std)
+    launch(
+        gaussian_loss_kernel,
+        (programs,),
+        *(x, s, actions, p.rows, p.moments, p.parts, p.numbers),
+        *(grad_mean, grad_log_std, grad_values),
+        *(totals.log_std_partials, totals.partials, totals.ticket),
+        *(totals.loss, totals.stats, totals.inv_n, M, tiles, totals.programs),
+        A=A,
+        W=_width(A, lanes, _offset(x), _offset(actions), _offset(s)),
+        MEAN_STRIDE=x.stride(0),
+        STD_STRIDE=0 if is_shared else s.stride(0),
+        ACTION_STRIDE=actions.stride(0),
+        SHARED=is_shared,
+        SQUASH=squash,
+        BLOCK=block,
+        num_warps=THREADS // 32,
+        **p.meta,
+    )
+
+
 def _heads_outputs(
     logits: Tensor,
     actions: Tensor,
@@ -565,36 +684,14 @@ def _ppo_loss_from_heads(
     loss, stats, inv_n, grad_logits, grad_values = _outputs(logits, wanted)
     x = as_rows(logits)
     legal = None if action_mask is None else as_rows(action_mask)
-    M, A = x.shape
+    M = x.shape[0]
     p = prepared(rows, moments, numbers, tensors, vf_clipped, kl, norm_adv)
-    first = [sum(head_sizes[:i]) for i in range(len(head_sizes))]
-    if len(head_sizes) <= HEADS_IN_REGISTERS:
-        starts, lanes = None, _lanes(A, 24)
-        heads = [
-            (start, size, _width(size, lanes, start, A, _offset(x)))
-            for start, size in zip(first, head_sizes, strict=True)
-        ]
-    else:
-        starts, size = _starts((*first, A), x.device), max(head_sizes)
-        lanes = _lanes(size, 24)
-        heads = [(0, size, _width(size, lanes, *first, *head_sizes, _offset(x)))]
-    block, tiles, programs = _plan(M, lanes)
-    launch(
-        categorical_loss_kernel,
-        (programs,),
-        *(x, actions, legal, starts, unpack(temperature, temperature_tensor)[0]),
-        *(p.rows, p.moments, p.parts, p.numbers),
-        *(_if_any(grad_logits), _if_any(grad_values)),
-        *(loss.new_empty(programs, 16), ticket_for(loss), mark_of(loss.device)),
-        *(loss, stats, inv_n, M, tiles, programs, len(head_sizes)),
-        HEADS=tuple(heads),
-        A=A,
-        STRIDE=x.stride(0),
-        MASK_STRIDE=0 if legal is None else legal.stride(0),
-        BLOCK=block,
-        num_warps=THREADS // 32,
-        **p.meta,
-    )
+    programs = tiles_of_heads(M, head_sizes).programs
+    ticket = ticket_for(loss)
+    totals = Totals(loss.new_empty(programs, 16), None, ticket, loss, stats, inv_n, programs)
+    (temperature_given,) = unpack(temperature, temperature_tensor)
+    grads = _if_any(grad_logits), _if_any(grad_values)
+    launch_categorical(x, actions, legal, head_sizes, temperature_given, p, *grads, totals)
     return loss, stats, inv_n, grad_logits, grad_values
 
 
@@ -632,33 +729,17 @@ def _ppo_loss_from_gaussian(
     norm_adv: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss, stats, inv_n, grad_mean, grad_log_std, grad_values = _outputs(mean, wanted)
-    x, u, s = as_rows(mean), as_rows(actions), as_rows(log_std)
+    x, u = as_rows(mean), as_rows(actions)
     M, A = x.shape
     p = prepared(rows, moments, numbers, tensors, vf_clipped, kl, norm_adv)
-    lanes = _lanes(A, 12)
-    block, tiles, programs = _plan(M, lanes)
-    is_shared = log_std.dim() == 1
+    programs = tiles_of_gaussian(M, A).programs
     log_std_partials = None
-    if is_shared and wanted[1]:
+    if log_std.dim() == 1 and wanted[1]:
         log_std_partials = loss.new_empty(programs, A)
-    launch(
-        gaussian_loss_kernel,
-        (programs,),
-        *(x, s, u, p.rows, p.moments, p.parts, p.numbers),
-        *(_if_any(grad_mean), _if_any(grad_log_std), _if_any(grad_values)),
-        *(log_std_partials, loss.new_empty(programs, 16), ticket_for(loss)),
-        *(loss, stats, inv_n, M, tiles, programs),
-        A=A,
-        W=_width(A, lanes, _offset(x), _offset(u), _offset(s)),
-        MEAN_STRIDE=x.stride(0),
-        STD_STRIDE=0 if is_shared else s.stride(0),
-        ACTION_STRIDE=u.stride(0),
-        SHARED=is_shared,
-        SQUASH=squash,
-        BLOCK=block,
-        num_warps=THREADS // 32,
-        **p.meta,
-    )
+    partials, ticket = loss.new_empty(programs, 16), ticket_for(loss)
+    totals = Totals(partials, log_std_partials, ticket, loss, stats, inv_n, programs)
+    grads = _if_any(grad_mean), _if_any(grad_log_std), _if_any(grad_values)
+    launch_gaussian(x, log_std, u, squash, p, *grads, totals)
     return loss, stats, inv_n, grad_mean, grad_log_std, grad_values
 
 

@@ -97,30 +97,43 @@ def _near_mean(advantages, mask, M):
 
 
 @triton.jit
-def advantage_whitening(rows, moments, parts, M, NORM: tl.constexpr, BLOCK: tl.constexpr):
+def _named(index, at, inside, N):
+    """The rows that `index` names, 0 in place of those that are not among N."""
+    row = tl.load(index + at, mask=inside, other=0).to(tl.int64)
+    return tl.where((row >= 0) & (row < N), row, 0)
+
+
+@triton.jit
+def advantage_whitening(
+    rows, moments, parts, M, NORM: tl.constexpr, BLOCK: tl.constexpr, index=None, N=None
+):
     """`((shift, rest), scale)`, with which ((A - shift) - rest) * scale is whitened.
 
-    NORM: 0 none, 1 over all M here, 2 from [parts, 3] around the pivot, 3 from the caller's [3].
+    NORM: 0 none, 1 over all M here, 2 from [parts, 3] around the pivot, 3 from the caller's [3]. With
+    `index` [M] the M are those it names among N; without it N is M and may be left out.
     """
     shift, rest, scale = 0.0, 0.0, 1.0
     if NORM == 1:
-        shift = _near_mean(rows.advantages, rows.mask, M)
+        shift = _near_mean(rows.advantages, rows.mask, M if N is None else N)
         offset = tl.arange(0, BLOCK)
         count = tl.zeros((BLOCK,), tl.float32)
         mean = tl.zeros((BLOCK,), tl.float32)
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, M, BLOCK):
             inside = start + offset < M
+            at = start + offset
+            if index is not None:
+                at = _named(index, at, inside, N)
             keep = inside
             if rows.mask is not None:
-                keep = tl.load(rows.mask + start + offset, mask=inside, other=False)
+                keep = tl.load(rows.mask + at, mask=inside, other=False)
             one = keep.to(tl.float32)
-            x = (_load(rows.advantages, start + offset, inside, keep) - shift) * one
+            x = (_load(rows.advantages, at, inside, keep) - shift) * one
             count, mean, squares = merged(count, mean, squares, one, x, one * 0.0)
         total, middle, squared = moments_of_parts(count, mean, squares)
         rest, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
     elif NORM == 2:
-        shift = _near_mean(rows.advantages, rows.mask, M)
+        shift = _near_mean(rows.advantages, rows.mask, M if N is None else N)
         total, middle, squared = folded(moments, parts, 256)
         rest, scale = whitening(total, middle, squared, ADVANTAGE_EPS)
     elif NORM == 3:
@@ -208,44 +221,58 @@ def surrogate(
     value_loss, value_clipped, grad_values = nothing, nothing, nothing
     if rows.new_values is not None:
         values = _load(rows.new_values, at, inside, keep)
-        error = values - _load(rows.returns, at, inside, keep)
-        vf_coef = 0.0
-        if numbers.vf_coef is not None:
-            vf_coef = number(numbers.vf_coef)
-        if numbers.vf_clip_coef is None:
-            value_loss = 0.5 * error * error
-            grad_values = error * vf_coef
-        else:
-            limit = number(numbers.vf_clip_coef)
-            moved = values - _load(rows.old_values, at, inside, keep)
-            # Exactly 0 inside the range, so there both errors are one number.
-            beyond = moved - tl.clamp(moved, -limit, limit, propagate_nan=ALL)
-            clipped_error = error - beyond
-            value_clipped = (beyond != 0.0).to(tl.float32)
-            if VF_CLIPPED:
-                value_loss = 0.5 * clipped_error * clipped_error
-                grad_values = (error - error * value_clipped) * vf_coef
-            else:
-                size, clipped_size = tl.abs(error), tl.abs(clipped_error)
-                largest = tl.maximum(size, clipped_size, propagate_nan=ALL)
-                value_loss = 0.5 * largest * largest
-                grad_values = (size >= clipped_size).to(tl.float32) * error * vf_coef
+        of_value = value_terms(values, at, inside, keep, rows, numbers, VF_CLIPPED)
+        value_loss, value_clipped, grad_values = of_value[0], of_value[1], of_value[2]
 
     return (
         policy_loss * weight,
-        value_loss * weight,
+        value_loss,
         kl * weight,
         old_kl * weight,
         log_ratio * one,
         (clipped_ratio != ratio).to(tl.float32) * one,
         held * one,
-        value_clipped * one,
+        value_clipped,
         ratio * one,
         tl.abs(ratio_minus_one) * one,
         grad_log_probs * weight,
-        grad_values * weight,
+        grad_values,
         weight,
     )
+
+
+@triton.jit
+def value_terms(values, at, inside, keep, rows, numbers, VF_CLIPPED: tl.constexpr):
+    """`(value_loss, value_clipped, grad_values)` of each row; as in `surrogate`."""
+    one = keep.to(tl.float32)
+    weight = one
+    if rows.weights is not None:
+        weight = _load(rows.weights, at, inside, keep)
+    values = tl.where(keep, values, 0.0)
+    error = values - _load(rows.returns, at, inside, keep)
+    vf_coef = 0.0
+    if numbers.vf_coef is not None:
+        vf_coef = number(numbers.vf_coef)
+    if numbers.vf_clip_coef is None:
+        value_clipped = tl.zeros_like(error)
+        value_loss = 0.5 * error * error
+        grad_values = error * vf_coef
+    else:
+        limit = number(numbers.vf_clip_coef)
+        moved = values - _load(rows.old_values, at, inside, keep)
+        # Exactly 0 inside the range, so there both errors are one number.
+        beyond = moved - tl.clamp(moved, -limit, limit, propagate_nan=ALL)
+        clipped_error = error - beyond
+        value_clipped = (beyond != 0.0).to(tl.float32)
+        if VF_CLIPPED:
+            value_loss = 0.5 * clipped_error * clipped_error
+            grad_values = (error - error * value_clipped) * vf_coef
+        else:
+            size, clipped_size = tl.abs(error), tl.abs(clipped_error)
+            largest = tl.maximum(size, clipped_size, propagate_nan=ALL)
+            value_loss = 0.5 * largest * largest
+            grad_values = (size >= clipped_size).to(tl.float32) * error * vf_coef
+    return value_loss * weight, value_clipped * one, grad_values * weight
 
 
 @triton.jit
@@ -322,29 +349,43 @@ def finish(partials, ticket, programs, numbers, loss, stats, inv_n, BLOCK: tl.co
             sums = tl.load(at, mask=(program < programs)[:, None], other=0.0, cache_modifier=".cg")
             total += tl.sum(sums, 0)
             largest = tl.maximum(largest, tl.max(sums, 0))
-        count = _entry(total, 11)
-        n = count
-        if numbers.normalizer is not None:
-            n = number(numbers.normalizer)
-        scale = 1.0 / tl.where(n == 0.0, 1.0, n)
-        means = total * scale
-        # The largest deviation; a NaN among them shows in the sum alone.
-        deviation = _entry(largest, 10) + 0.0 * _entry(total, 10)
-        value = _entry(means, 0)
-        if numbers.vf_coef is not None:
-            value += number(numbers.vf_coef) * _entry(means, 1)
-        if numbers.ent_coef is not None:
-            value -= number(numbers.ent_coef) * _entry(means, 2)
-        if numbers.kl_coef is not None:
-            value += number(numbers.kl_coef) * _entry(means, 3)
-        if numbers.old_kl_coef is not None:
-            value += number(numbers.old_kl_coef) * _entry(means, 4)
-        means = tl.where(place == 10, deviation, tl.where(place == 11, count, means))
-        tl.store(stats + place, means, mask=place < STATS)
-        tl.store(loss, value)
+        scale = conclude(total, largest, numbers, loss, stats)
         tl.store(inv_n, scale)
         tl.store(ticket, 0)
     return drawn == programs - 1
+
+
+@triton.jit
+def mean_scale(count, numbers):
+    """1 / what means divide by, and 1 for 0: an empty batch has loss 0."""
+    n = count
+    if numbers.normalizer is not None:
+        n = number(numbers.normalizer)
+    return 1.0 / tl.where(n == 0.0, 1.0, n)
+
+
+@triton.jit
+def conclude(total, largest, numbers, loss, stats):
+    """Store loss and statistics, from the sums [16] over all rows and their maxima; return 1 / n."""
+    count = _entry(total, 11)
+    scale = mean_scale(count, numbers)
+    means = total * scale
+    # The largest deviation; a NaN among them shows in the sum alone.
+    deviation = _entry(largest, 10) + 0.0 * _entry(total, 10)
+    value = _entry(means, 0)
+    if numbers.vf_coef is not None:
+        value += number(numbers.vf_coef) * _entry(means, 1)
+    if numbers.ent_coef is not None:
+        value -= number(numbers.ent_coef) * _entry(means, 2)
+    if numbers.kl_coef is not None:
+        value += number(numbers.kl_coef) * _entry(means, 3)
+    if numbers.old_kl_coef is not None:
+        value += number(numbers.old_kl_coef) * _entry(means, 4)
+    place = tl.arange(0, 16)
+    means = tl.where(place == 10, deviation, tl.where(place == 11, count, means))
+    tl.store(stats + place, means, mask=place < STATS)
+    tl.store(loss, value)
+    return scale
 
 
 @triton.jit
@@ -352,16 +393,21 @@ def _entry(x, number):
     return tl.sum(tl.where(tl.arange(0, 16) == number, x, 0.0), 0)
 
 
-@triton.jit
-def whitening_kernel(advantages, mask, partials, M, BLOCK: tl.constexpr):
-    """The moments of BLOCK advantages a program less `_near_mean`, as a row of [programs, 3]."""
+@triton.jit(do_not_specialize=["N"])
+def whitening_kernel(advantages, mask, index, partials, N, M, BLOCK: tl.constexpr):
+    """The moments of BLOCK of M advantages a program less `_near_mean`, as a row of [programs, 3].
+
+    Those that `index` [M] names among N, if given; else all, and N is M.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < M
+    if index is not None:
+        at = _named(index, at, inside, N)
     keep = inside
     if mask is not None:
         keep = tl.load(mask + at, mask=inside, other=False)
     one = keep.to(tl.float32)
-    x = (_load(advantages, at, inside, keep) - _near_mean(advantages, mask, M)) * one
+    x = (_load(advantages, at, inside, keep) - _near_mean(advantages, mask, N)) * one
     count, mean, squares = moments_of(x, one, 0)
     row = partials + tl.program_id(0) * 3
     tl.store(row, count)
@@ -460,7 +506,7 @@ def prepared(
         BLOCK = 4096 if M > 1 << 18 else 1024
         parts = triton.cdiv(M, BLOCK)
         moments = named.advantages.new_empty(parts, 3, dtype=torch.float32)
-        args = named.advantages, named.mask, moments, M
+        args = named.advantages, named.mask, None, moments, M, M
         launch(whitening_kernel, (parts,), *args, BLOCK=BLOCK, num_warps=4)
     meta = {"VF_CLIPPED": vf_clipped, "KL": kl, "NORM": norm}
     return Prepared(named, Numbers(*unpack(numbers, tensors)), moments, parts, meta)

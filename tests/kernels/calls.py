@@ -51,6 +51,8 @@ class Budget(NamedTuple):
     """Elements a thread handles in one turn of the hot loop."""
     instructions: float | None = None
     """Instructions per element in the hot loop, at most."""
+    tensor_cores: bool = False
+    """Whether products must be on tensor cores, at most every second one waited for."""
 
 
 def run(call: Call, name: str) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant(SURROGATE, "kl = -difference", "kl = difference", "k1"),
     Mutant(
         SURROGATE,
-        "keep = tl.load(rows.mask + start + offset, mask=inside, other=False)",
+        "keep = tl.load(rows.mask + at, mask=inside, other=False)",
         "keep = inside",
         "normalised, masked",
     ),
@@ -138,7 +138,7 @@ MUTANTS = [
         "normalised, many rows",
     ),
     Mutant(SURROGATE, "grad_log_probs * weight,", "grad_log_probs,", "everything, masked"),
-    Mutant(SURROGATE, "scale = 1.0 / tl.where(n == 0.0, 1.0, n)", "scale = 1.0 / n", "all masked"),
+    Mutant(SURROGATE, "return 1.0 / tl.where(n == 0.0, 1.0, n)", "return 1.0 / n", "all masked"),
     Mutant(SURROGATE, "value -= number", "value += number", "entropy"),
     Mutant(SURROGATE, "n = number(numbers.normalizer)", "n = count", "normalizer"),
     Mutant(

@@ -23,7 +23,8 @@ def with_kernels_of(package: str, call: Call) -> Call:
     """The call with its kernel taken from a copy of kernels/."""
     file = call.op.__module__.rpartition(".")[2]
     twin = getattr(importlib.import_module(f"{package}.{file}"), call.op.__name__)
-    return call._replace(op=Accelerated(call.op.reference, twin, validate=call.op.validate))
+    options = {"validate": call.op.validate, "mutates": call.op.mutates}
+    return call._replace(op=Accelerated(call.op.reference, twin, **options))
 
 
 @pytest.mark.parametrize(("cases", "mutant"), MUTANTS)
