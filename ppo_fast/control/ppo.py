@@ -407,13 +407,26 @@ class PPO:
         variance = explained_variance(batch.values, batch.returns, batch.mask)
         extra = [stats.last_kl, stats.grad_norm, stats.steps, stats.skipped, stats.stopped]
         extra += [self.optimizer.lr, stats.first[PPO_STATS.index("ratio_deviation")], variance]
-        transitions = rollout.mask.sum().float()
-        numbers = torch.cat([stats.means, torch.stack([*extra, transitions])]).tolist()
+        extra += [self._clip_coef, rollout.mask.sum().float()]
+        log_std = getattr(self.policy, "log_std", None)
+        if isinstance(log_std, Tensor):
+            extra.append(log_std.detach().exp().mean())
+        numbers = torch.cat([stats.means, torch.stack(extra)]).tolist()
         raise_device_errors()
         means = dict(zip(PPO_STATS, numbers, strict=False))
-        last_kl, grad_norm, steps, skipped, stopped, lr, first_ratio, variance, rows = numbers[
-            len(means) :
-        ]
+        (
+            last_kl,
+            grad_norm,
+            steps,
+            skipped,
+            stopped,
+            lr,
+            first_ratio,
+            variance,
+            clip,
+            rows,
+            *std,
+        ) = numbers[len(means) :]
         if steps == 0 and skipped > 0:
             self._save_after_error()
             raise FloatingPointError(
@@ -440,7 +453,7 @@ class PPO:
             },
             "train/explained_variance": variance,
             "train/learning_rate": lr,
-            "train/clip_range": float(self._clip_coef),
+            "train/clip_range": clip,
             "train/grad_norm": grad_norm,
             "train/optimizer_steps": steps,
             "train/skipped_steps": skipped,
@@ -453,9 +466,8 @@ class PPO:
         }
         if self.config.kl_coef:
             self.metrics["train/kl_coef"] = self.kl_controller.coef
-        log_std = getattr(self.policy, "log_std", None)
-        if isinstance(log_std, Tensor):
-            self.metrics["train/std"] = float(log_std.detach().exp().mean())
+        if std:
+            self.metrics["train/std"] = std[0]
         if self._folder is not None:
             self._folder.log(self.num_timesteps, self.metrics)
 
