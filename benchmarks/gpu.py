@@ -1,7 +1,9 @@
 """Everything that needs a GPU, in one command: `make gpu`, or `python benchmarks/gpu.py`.
 
-Runs the tests of the kernels (tests/gpu, tests/kernels), then the suite (bench_kernels.py), inside
---minutes, and ends in a short table. Results go to benchmarks/results and, where the variable OUT
+Runs the tests of the kernels and of the trainer (tests/gpu, tests/kernels), then the kernels' suite
+(bench_kernels.py), the learner step and training on tensor environments (bench_learner.py) and, if
+time is left, training against peers (bench_control.py), all inside --minutes, each in a slice of its
+own that what ran before cannot eat up. Results go to benchmarks/results and, where the variable OUT
 names a folder, there too, after each case: nothing measured is lost where a command is cut off.
 
 Without a GPU only `--tiny` runs: the same code, our kernels in Triton's interpreter, small sizes,
@@ -25,6 +27,7 @@ and there, with .whl carried:
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import signal
@@ -40,6 +43,11 @@ NEEDED = ("torch", "triton", "numpy", "gymnasium")
 # Their evidence is the compiler's output, the interpreter's or the schemas': a GPU adds nothing.
 NO_GPU_NEEDED = ("*mutants*", "*aot*", "*budget*", "*library*")
 TAIL = 40
+TEST_SECONDS, LEARNER_SECONDS = 150.0, 120.0
+GRACE = 15.0
+"""Seconds that a benchmark has for its tables once it is told to start nothing new."""
+CONTROL_SECONDS = 45.0
+"""Left over, they are worth a training against a peer."""
 
 
 def missing() -> list[str]:
@@ -84,33 +92,61 @@ def tests(env: dict[str, str], seconds: float, on_gpu: bool) -> tuple[bool, str]
     if on_gpu and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(8, os.cpu_count() or 1))]  # compiling is what takes the time
     until = {"PPO_FAST_TESTS_UNTIL": str(time.time() + seconds)}
-    status, lines = run([*command, "tests/gpu", "tests/kernels"], env | until, seconds + 45)
+    status, lines = run([*command, "tests/gpu", "tests/kernels"], env | until, seconds + GRACE)
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     shown = lines[-TAIL:] if status not in (0, None) else lines[-4:]
     print("\n".join(shown))
     if status is None:
-        return False, f"stopped after {seconds + 45:.0f} s: {lines[-1] if lines else ''}"
+        return False, f"stopped after {seconds + GRACE:.0f} s: {lines[-1] if lines else ''}"
     return status == 0, "; ".join([*[line[:150] for line in failed[:10]], lines[-1].strip("= ")])
 
 
-def show_unfinished(lines: list[str]) -> None:
-    """Print the table of a suite that was stopped, from the file it kept up to date."""
+def show_unfinished(module: str, lines: list[str]) -> None:
+    """Print the tables of a benchmark that was stopped, from the file it kept up to date."""
     import json
 
-    import bench_kernels
     from harness import print_table
 
     files = [line.removeprefix("results: ") for line in lines if line.startswith("results: ")]
     if files:
-        print_table(bench_kernels.summary(json.loads(Path(files[-1]).read_text(encoding="utf-8"))))
-    print(f"the suite was stopped; what it had measured is in {files[-1] if files else 'no file'}")
+        record = json.loads(Path(files[-1]).read_text(encoding="utf-8"))
+        loaded = importlib.import_module(module)
+        if module == "bench_kernels":
+            print_table(loaded.summary(record))
+        else:
+            loaded.show(record)
+    print(
+        f"{module}.py was stopped; what it had measured is in {files[-1] if files else 'no file'}"
+    )
+
+
+def benchmark(
+    module: str, flags: list[str], env: dict[str, str], seconds: float
+) -> tuple[bool, str]:
+    """Run a benchmark that takes --seconds; (whether it was complete, one line about it)."""
+    if seconds <= 2 * GRACE:
+        return False, "not run: no time was left"
+    command = [sys.executable, str(HERE / f"{module}.py"), "--json"]
+    command += ["--seconds", str(seconds - GRACE), *flags]
+    began = time.monotonic()
+    # Its own process: memory that the tests hold would be missing here.
+    status, lines = run(command, env, seconds)
+    print("\n".join(lines))
+    took = f"{time.monotonic() - began:.0f} s"
+    print(f"{module}.py took {took}", flush=True)
+    if status is None:
+        show_unfinished(module, lines)
+        return False, f"stopped after {took}"
+    return status == 0, f"{'complete' if status == 0 else 'see above'}, {took}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, and no GPU needed")
     parser.add_argument("--minutes", type=float, default=8.5, help="for all of it")
-    parser.add_argument("--test-minutes", type=float, default=3.0, help="for the tests, at most")
+    parser.add_argument(
+        "--test-minutes", type=float, default=TEST_SECONDS / 60, help="for the tests, at most"
+    )
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument(
         "--only", nargs="+", default=[], help="ops whose name contains one of these"
@@ -133,33 +169,38 @@ def main() -> None:
         )
     env = environment(arguments.tiny, on_gpu)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if on_gpu else 'interpreter'}")
+
+    def left() -> float:
+        return 60 * arguments.minutes - (time.monotonic() - began)
+
     passed, said = True, "not asked for"
     if not arguments.no_tests:
         # The interpreter's own tests are CI's; a taste of them shows that they run from here.
-        limit = 60 * min(arguments.test_minutes, 0.6 if not on_gpu else arguments.minutes / 2)
+        limit = 60 * min(arguments.test_minutes, 0.5 if not on_gpu else arguments.minutes / 2)
         passed, said = tests(env, limit, on_gpu)
         print(f"tests took {time.monotonic() - began:.0f} s", flush=True)
 
-    left = 60 * arguments.minutes - (time.monotonic() - began)
-    command = [
-        sys.executable,
-        str(HERE / "bench_kernels.py"),
-        "--json",
-        "--seconds",
-        str(left - 30),
-    ]
-    command += ["--tiny"] if arguments.tiny else []
-    command += ["--only", *arguments.only] if arguments.only else []
-    command += ["--out", arguments.out] if arguments.out else []
-    # Its own process: memory that the tests hold would be missing here.
-    status, lines = run(command, env, left + 20)
-    print("\n".join(lines))
-    if status is None:
-        show_unfinished(lines)
+    flags = ["--tiny"] if arguments.tiny else []
+    flags += ["--out", arguments.out] if arguments.out else []
+    only = ["--only", *arguments.only] if arguments.only else []
+    # Without a GPU a taste of each is enough, too.
+    learner = LEARNER_SECONDS if on_gpu else min(LEARNER_SECONDS, 60 * arguments.minutes / 4)
+    suite, suite_said = benchmark("bench_kernels", [*flags, *only], env, left() - learner)
+    steps, steps_said = benchmark("bench_learner", flags, env, min(left(), learner))
+    control = "not run: no time was left" if on_gpu else "not run: without a GPU it is `make bench`"
+    if on_gpu and left() > CONTROL_SECONDS:
+        command = [sys.executable, str(HERE / "bench_control.py"), "--device", "cuda"]
+        command += ["--case", "cartpole-tensor", "pendulum-tensor", "--rounds", "1"]
+        command += ["--only", "tensor", "rsl_rl", "--json"]
+        status, lines = run(command, env, left())
+        print("\n".join(lines))
+        control = {None: "stopped", 0: "complete"}.get(status, "see above")
     print(f"tests: {said}")
-    print(f"suite: {'complete' if status == 0 else 'see above'}")
+    print(f"kernels: {suite_said}")
+    print(f"learner: {steps_said}")
+    print(f"control: {control}")
     print(f"{time.monotonic() - began:.0f} s in all")
-    raise SystemExit(0 if passed and status == 0 else 1)
+    raise SystemExit(0 if passed and suite and steps else 1)
 
 
 if __name__ == "__main__":

@@ -221,6 +221,83 @@ def op(record: dict[str, Any], ours: str, group: tuple[str, ...]) -> list[str]:
     return [*lines, "", f"CPU, one thread; {source(record)}.", ""]
 
 
+LEARNER_OTHERS = {
+    "ppo_fast fp16, eager": "no graph",
+    "ppo_fast fp32, graph": "fp32",
+    "autograd, graph": "autograd, graph",
+    "torch.compile": "torch.compile",
+    "eager loop, TF32": "eager loop, TF32",
+    "eager loop": "eager loop",
+}
+"""Arms of bench_learner.py beside ours in fp16, and what the table calls them."""
+
+
+def learner(record: dict[str, Any]) -> list[str]:
+    """The learner step, a line a problem, and training on tensor CartPole."""
+    steps: dict[str, dict[str, dict[str, Any]]] = {}
+    runs: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        if row["status"] != "timed":
+            continue
+        if row["case"] == "training":
+            runs.setdefault(row["num_envs"], {})[row["arm"]] = row
+        elif row["arm"] not in steps.setdefault(row["problem"], {}):
+            # A problem may come twice; its first figures were taken beside most others.
+            steps[row["problem"]][row["arm"]] = row
+    ours = f"{OURS} fp16, graph"
+    steps = {problem: arms for problem, arms in steps.items() if ours in arms}
+    lines: list[str] = []
+    if steps:
+        lines += [
+            "| learner step (rows, network) | milliseconds (range) | of the matrix rate | GPU busy "
+            "| gradient error | elsewhere, ms | "
+            + " | ".join(f"{name}, times" for name in LEARNER_OTHERS.values())
+            + " |",
+            "|---" * (6 + len(LEARNER_OTHERS)) + "|",
+        ]
+        for problem, arms in steps.items():
+            mine = arms[ours]
+            cells = [
+                problem,
+                f"{mine['median_ms']:.1f} ({mine['min_ms']:.1f} to {mine['max_ms']:.1f})",
+                f"{mine['matrix_fraction']:.0%}",
+                shown(mine.get("busy"), ".0%"),
+                f"{mine['gradient_error']:.1e}",
+                shown(mine["published_ms"], ".1f"),
+                *(shown(arms.get(arm, {}).get("times ours"), ".1f") for arm in LEARNER_OTHERS),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        limits = record["ceilings"]
+        lines += [
+            "",
+            "A whole update: every epoch's permutation, the loss, its gradient, clipping and Adam of "
+            f"every minibatch. Matrix rate, measured in the same run: "
+            f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s; gradient error: of the first "
+            "minibatch against float64 autograd; elsewhere: published, TF32 on an H100. The eager "
+            "loop is ours, after CleanRL and rsl_rl.",
+            "",
+        ]
+    if runs:
+        arms_run = list(dict.fromkeys(arm for arms in runs.values() for arm in arms))
+        lines += [
+            "| training on tensor CartPole, environments | "
+            + " | ".join(f"{arm}, steps a second | return" for arm in arms_run)
+            + " |",
+            "|---" * (1 + 2 * len(arms_run)) + "|",
+        ]
+        for number, arms in sorted(runs.items()):
+            cells = [f"{number:,}"]
+            for arm in arms_run:
+                row = arms.get(arm, {})
+                cells += [shown(row.get("sps_median")), shown(row.get("best_return"))]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", "128 steps a rollout, 4 epochs, 4 minibatches, 64 x 64; the best return.", ""]
+    notes = []
+    if record.get("not_run"):
+        notes.append(f"Not run for lack of time: {len(record['not_run'])} cases.")
+    return [*lines, *closing("bench_learner.py", notes, [source(record)])] if lines else []
+
+
 Rows = list[dict[str, Any]]
 
 
@@ -383,6 +460,8 @@ def report() -> str:
         lines += op(record, "log_probs_from_logits", ("shape", "output", "pass"))
     if (record := newest("aot")) is not None:
         lines += machine_code(record)
+    if (record := newest("learner")) is not None and record["machine"]["gpu"]:
+        lines += learner(record)
     if (record := on_gpu()) is None:
         return "\n".join([*lines, "On a GPU: not yet measured."])
     lines += kernels(record)

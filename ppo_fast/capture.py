@@ -10,9 +10,10 @@ Tests rehearse the same phases on a CPU with a recorder of their own (tests/rehe
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -102,7 +103,9 @@ class Phase(Generic[R]):
             try:
                 self._replay, self._result = recorder(self.function, self.generators)
             except Exception as error:  # whatever a user's module does
-                self.why_eager = str(error).strip().splitlines()[0] if str(error) else repr(error)
+                # Ending a broken recording fails, too; what broke it came first.
+                cause = error.__context__ or error
+                self.why_eager = str(cause).strip().splitlines()[0] if str(cause) else repr(cause)
                 log.warning(
                     "%s runs without a CUDA graph, which could not record it: %s",
                     self.name,
@@ -132,12 +135,65 @@ def record_cuda_graph(
 ) -> tuple[Callable[[], Any], R]:
     """Record a function into a CUDA graph; the function's work is not done until a replay.
 
+    It is recorded twice. A recording that breaks leaves generators behind that wait for its end, and
+    with them every graph that draws from them; the first one, thrown away, has copies of them.
+
     Raises:
         RuntimeError: it did something a graph cannot hold, such as reading a tensor's value.
     """
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = function()
+    tensor_device = _device_of(generators)
+    with torch.cuda.device(tensor_device), _without_collecting_garbage():
+        # torch.cuda.graph's own stream is that of the device it was first used on.
+        stream = torch.cuda.Stream()
+        _try_recording(function, generators, stream)
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=stream):
+            result = function()
     return graph.replay, result
+
+
+def _device_of(generators: Sequence[torch.Generator]) -> torch.device | int:
+    return generators[0].device if generators else torch.cuda.current_device()
+
+
+@contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """A graph in a cycle of garbage must not be destroyed while another one is recorded."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _try_recording(
+    function: Callable[[], Any], generators: Sequence[torch.Generator], stream: torch.cuda.Stream
+) -> None:
+    """Record and throw away; whatever happens, leave torch as it was found."""
+    device, current = torch.cuda.current_device(), torch.cuda.current_stream()
+    pool = torch.cuda.graph_pool_handle()
+    # Every recording registers the default generator by itself.
+    drawn_from = [*generators, torch.cuda.default_generators[device]]
+    states = [generator.graphsafe_get_state() for generator in drawn_from]
+    for generator in drawn_from:
+        generator.graphsafe_set_state(generator.clone_state())
+    graph = torch.cuda.CUDAGraph()
+    try:
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            function()
+    except Exception:
+        torch.cuda.set_stream(current)
+        with suppress(RuntimeError):  # where the recording could be ended, its pool is closed
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        raise
+    finally:
+        for generator, state in zip(drawn_from, states, strict=True):
+            generator.graphsafe_set_state(state)

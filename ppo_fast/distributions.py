@@ -186,7 +186,9 @@ class Categorical:
     def to_env(self, actions: Tensor) -> Tensor:
         """Add the space's start and restore its shape and dtype."""
         if self._start is not None:
-            actions = actions + self._start.to(actions.device)
+            if self._start.device != actions.device:
+                self._start = self._start.to(actions.device)
+            actions = actions + self._start
         if self._env_shape and (len(self._env_shape) > 1 or actions.dtype != self._env_dtype):
             actions = actions.reshape(actions.shape[0], *self._env_shape).to(self._env_dtype)
         return actions

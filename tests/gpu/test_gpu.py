@@ -1,6 +1,8 @@
 """Determinism, graphs, size, precision and memory safety of every kernel, on a GPU."""
 
+import contextlib
 import importlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -53,14 +55,33 @@ def bits(tensors):
     ]
 
 
+def written(call):
+    """The tensors that the op writes to."""
+    arguments = inspect.signature(call.op.reference).bind(*call.args, **call.kwargs).arguments
+    return [arguments[name].detach() for name in call.op.mutates]
+
+
+@contextlib.contextmanager
+def put_back(call):
+    """Leave what the op writes to as it was."""
+    before = [x.clone() for x in written(call)]
+    yield
+    for x, old in zip(written(call), before, strict=True):
+        x.copy_(old)
+
+
 def outcome(call, seed=0):
-    """Outputs and gradients of the kernels; what a call draws at random is drawn from `seed`."""
+    """Outputs and gradients of the kernels, and what they wrote, which is put back.
+
+    What a call draws at random is drawn from `seed`.
+    """
     torch.manual_seed(seed)
     for value in call.kwargs.values():
         if isinstance(value, torch.Generator):
             value.manual_seed(seed)
-    outputs, gradients = run(call, "triton")
-    return bits(outputs + gradients)
+    with put_back(call):
+        outputs, gradients = run(call, "triton")
+        return [x if x is None else x.clone() for x in bits(outputs + gradients + written(call))]
 
 
 def assert_same_bits(got, want):
@@ -116,8 +137,10 @@ def test_a_graph_replays_with_new_inputs_and_numbers(gpu, name):
             if mine.shape != other.shape:
                 pytest.skip("its shapes are drawn too")
             mine.copy_(other)
-    graph.replay()
-    assert_same_bits(bits(outputs + gradients), outcome(call))
+    with put_back(call):
+        graph.replay()
+        got = [x if x is None else x.clone() for x in bits(outputs + gradients + written(call))]
+    assert_same_bits(got, outcome(call))
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -136,9 +159,10 @@ def test_compiles_whole(name):
     )
     with backend("triton"):
         torch.manual_seed(0)
-        got = list(_tensors(compiled()))
+        with put_back(call):
+            got = [*_tensors(compiled()), *(x.clone() for x in written(call))]
         torch.manual_seed(0)
-        want = list(_tensors(call.op(*call.args, **call.kwargs)))
+        want = [*_tensors(call.op(*call.args, **call.kwargs)), *written(call)]
     if call.op.__name__ == "sample_from_logits":
         want, got = want[2:], got[2:]  # Inductor draws its own numbers
     for mine, theirs in zip(got, want, strict=True):
