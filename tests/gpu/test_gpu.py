@@ -184,7 +184,8 @@ HEADLINES = headlines()
 @pytest.mark.parametrize("op", [x for x in HEADLINES if x != "sample_from_logits"])
 def test_the_error_at_real_sizes_is_no_more_than_twice_pytorchs(op):
     call = Call(HEADLINES[op].op, (), HEADLINES[op].make())
-    assert_as_exact_as_torch(call)
+    # The interpreter truncates to bfloat16 where a GPU rounds.
+    assert_as_exact_as_torch(call, floor=2**-8 if DRY else 2e-6)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
