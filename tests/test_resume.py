@@ -621,6 +621,7 @@ def test_sigterm_and_a_second_ctrl_c_end_the_command_with_their_codes(tmp_path):
 
     wait_for(lambda: catches(twice.pid, signal.SIGTERM), twice)
     os.kill(twice.pid, signal.SIGINT)
+    assert twice.stderr.readline().startswith("gradients are written out")
     assert twice.stderr.readline() == "\n"
     assert "Ctrl-C again stops at once" in twice.stderr.readline()
     os.kill(twice.pid, signal.SIGINT)

@@ -334,7 +334,8 @@ class Collector:
             self._store_dense_final(t, self._normalized(final_obs))
         elif truncated.any():
             index = (truncated & ~terminated).nonzero().squeeze(1)
-            finals.append((t, tree_rows(self._normalized(final_obs), index), index))
+            if len(index):
+                finals.append((t, tree_rows(self._normalized(final_obs), index), index))
 
     def _store_dense_final(self, t: int, final: Tree) -> None:
         if self._dense_finals is None:
