@@ -26,12 +26,28 @@ class NotCapturable(RuntimeError):
     """The phase did what a CUDA graph cannot hold."""
 
 
+def allocates(record):
+    """Whether an operation returned memory that was in none of its arguments."""
+    _, args, kwargs, outputs = record
+    given = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+    return any(isinstance(x, torch.Tensor) and storage(x) not in given for x in outputs)
+
+
+def storage(tensor):
+    return tensor.untyped_storage().data_ptr()
+
+
 class Recorder(TorchDispatchMode):
-    """Records what runs under it; `phases` lists the number of operations of every recording."""
+    """Records what runs under it.
+
+    `phases` lists the number of operations of every recording, `allocations` how many of them
+    returned memory that none of their arguments lies in.
+    """
 
     def __init__(self):
         super().__init__()
         self.phases = []
+        self.allocations = []
         self.replays = 0
 
     def __call__(self, function, generators):
@@ -46,6 +62,7 @@ class Recorder(TorchDispatchMode):
                 generator.set_state(state)
             raise
         self.phases.append(len(tape))
+        self.allocations.append(sum(map(allocates, tape)))
 
         @torch.no_grad()
         def replay():

@@ -77,6 +77,19 @@ def test_replayed_training_is_the_eager_one(name, monkeypatch):
     assert metrics[:ITERATIONS] == metrics[ITERATIONS:]
 
 
+def test_a_step_of_a_rollout_allocates_nothing():
+    counts = []
+    for steps in (8, 40):
+        recorder = Recorder()
+        with rehearsal(recorder):
+            PPO(TensorCartPole(6), num_steps=steps, num_minibatches=2).learn(3 * steps * 6)
+        rollout, _ = recorder.allocations
+        counts.append((recorder.phases[0], rollout))
+    assert counts[0][1] == counts[1][1] < 60
+    # Beside the draws of initial states, every 8 steps: a step is so many operations.
+    assert 32 * 30 > counts[1][0] - counts[0][0] > 32 * 20
+
+
 def test_the_devices_way_learns_what_the_cpus_does():
     own, _ = train(TensorCartPole(6))
     with rehearsal(Recorder()):
