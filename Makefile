@@ -15,7 +15,7 @@ help: ## list the targets
 	@echo '  PYTHON=python3.12 chooses the interpreter of a new $(VENV); ARGS="..." adds flags to a target'
 
 train: $(VENV)/ready ## train CartPole-v1 until it is solved, into a new folder under runs/
-	$(BIN)/ppo-fast train CartPole-v1 --total-timesteps 100000 --stop-return 475 $(ARGS)
+	$(BIN)/ppo-fast train CartPole-v1 --total-timesteps 150000 --stop-return 475 $(ARGS)
 
 test: test-kernels-$(OLDEST) test-kernels-$(NEWEST) test-ops ## run all tests; -j2 -O runs two of the three parts at a time
 
