@@ -7,7 +7,7 @@ layer into one flat vector, which Adam then reads as one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ppo_fast.functional import _categorical, _gaussian
 from ppo_fast.functional._rows import may_ask
 from ppo_fast.functional._surrogate import Summands, Surrogate, assemble
 from ppo_fast.functional._terms import (
+    ROW_NAMES,
     Rows,
     Scalar,
     Terms,
@@ -166,23 +167,34 @@ def _validate(
     returns: Tensor,
     index: Tensor | None = None,
     *,
-    clip_coef: Scalar,
-    clip_coef_high: Scalar | None = None,
-    dual_clip: Scalar | None = None,
-    vf_coef: Scalar = 0.5,
-    vf_clip_coef: Scalar | None = None,
-    vf_clip: str = "max",
-    ent_coef: Scalar = 0.0,
-    old_kl_coef: Scalar = 0.0,
     action_mask: Tensor | None = None,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    norm_adv: bool = False,
-    advantage_moments: Tensor | None = None,
-    normalizer: Scalar | None = None,
     matmul_dtype: torch.dtype | None = None,
     workspace: ActorCriticWorkspace | None = None,
+    **options: Any,
 ) -> None:
+    t = Terms(
+        old_log_probs,
+        advantages,
+        values=old_values,
+        old_values=old_values,
+        returns=returns,
+        **options,
+    )
+    _check(parameters, gradients, spec, obs, actions, t, index, action_mask, workspace)
+
+
+def _check(
+    parameters: Tensor,
+    gradients: Tensor,
+    spec: ActorCriticSpec,
+    obs: Tensor,
+    actions: Tensor,
+    t: Terms,
+    index: Tensor | None,
+    action_mask: Tensor | None,
+    workspace: ActorCriticWorkspace | None,
+) -> None:
+    """Raise unless the arguments fit; in `t`, `old_values` stands in for the values yet to come."""
     if workspace is None:
         _check_network(parameters, gradients, spec)
     elif (
@@ -218,28 +230,8 @@ def _validate(
         raise ValueError(
             f"{OP}: index is {list(index.shape)} {index.dtype}; expected [M] int32 or int64"
         )
-    if old_values.shape != number:  # below, they also stand in for the values yet to come
-        raise ValueError(f"{OP}: old_values is {list(old_values.shape)}; expected {list(number)}")
-    t = Terms(
-        old_log_probs,
-        advantages,
-        clip_coef,
-        clip_coef_high,
-        dual_clip,
-        values=old_values,
-        old_values=old_values,
-        returns=returns,
-        vf_coef=vf_coef,
-        vf_clip_coef=vf_clip_coef,
-        vf_clip=vf_clip,
-        ent_coef=ent_coef,
-        old_kl_coef=old_kl_coef,
-        mask=mask,
-        weights=weights,
-        norm_adv=norm_adv,
-        advantage_moments=advantage_moments,
-        normalizer=normalizer,
-    )
+    if t.old_values is not None and t.old_values.shape != number:  # named as what it is
+        raise ValueError(f"{OP}: old_values is {list(t.old_values.shape)}; expected {list(number)}")
     check_terms(OP, t, entropy_given=True)
     check_rows(OP, t, number)
 
@@ -304,44 +296,6 @@ def actor_critic_loss_and_grads(
         ValueError: a misshapen argument or one of a wrong dtype; as `ppo_loss`.
         IndexError: an action out of range; on a GPU see `raise_device_errors`.
     """
-    _validate(
-        parameters,
-        gradients,
-        spec,
-        obs,
-        actions,
-        old_log_probs,
-        advantages,
-        old_values,
-        returns,
-        index,
-        clip_coef=clip_coef,
-        clip_coef_high=clip_coef_high,
-        dual_clip=dual_clip,
-        vf_coef=vf_coef,
-        vf_clip_coef=vf_clip_coef,
-        vf_clip=vf_clip,
-        ent_coef=ent_coef,
-        old_kl_coef=old_kl_coef,
-        action_mask=action_mask,
-        mask=mask,
-        weights=weights,
-        norm_adv=norm_adv,
-        advantage_moments=advantage_moments,
-        normalizer=normalizer,
-        workspace=workspace,
-    )
-    if workspace is None:
-        workspace = ActorCriticWorkspace(parameters, gradients, spec)
-    workspace.square_sums = None  # the kernel's, which would be of other gradients
-    if index is not None:
-        obs = obs.index_select(0, index)
-        actions = actions.index_select(0, index)
-        old_log_probs, advantages = old_log_probs[index], advantages[index]
-        old_values, returns = old_values[index], returns[index]
-        mask = None if mask is None else mask[index]
-        weights = None if weights is None else weights[index]
-        action_mask = None if action_mask is None else action_mask[index]
     t = Terms(
         old_log_probs,
         advantages,
@@ -362,6 +316,17 @@ def actor_critic_loss_and_grads(
         advantage_moments=advantage_moments,
         normalizer=normalizer,
     )
+    _check(parameters, gradients, spec, obs, actions, t, index, action_mask, workspace)
+    if workspace is None:
+        workspace = ActorCriticWorkspace(parameters, gradients, spec)
+    workspace.square_sums = None  # the kernel's, which would be of other gradients
+    if index is not None:
+        obs = obs.index_select(0, index)
+        actions = actions.index_select(0, index)
+        action_mask = None if action_mask is None else action_mask[index]
+        picked = {name: getattr(t, name) for name in ROW_NAMES if name != "values"}
+        chosen = {name: row[index] for name, row in picked.items() if row is not None}
+        t = t._replace(**chosen, values=chosen["old_values"])
     number = obs.shape[0]
     if number == 0:
         gradients.zero_()
