@@ -16,7 +16,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["ppo_fast", "ppo_fast.control", "ppo_fast.functional", "ppo_fast.kernels"],
+    packages=[
+        "ppo_fast",
+        "ppo_fast.control",
+        "ppo_fast.functional",
+        "ppo_fast.kernels",
+        "ppo_fast.llm",
+    ],
     package_dir={"ppo_fast.kernels": "kernels"},
     package_data={"ppo_fast": ["py.typed"]},
     install_requires=[
@@ -32,7 +38,7 @@ setup(
         "train": TRAIN,
         "test": [*TRAIN, "pytest>=8", "pytest-benchmark>=4", "ruff", "mypy"],
         "bench": [*TRAIN, "pytest-benchmark>=4", "stable-baselines3", "torchrl", "tensordict"],
-        "llm": ["transformers>=5", "peft"],
+        "llm": [*TRAIN, "transformers>=5", "tokenizers", "peft"],
         "atari": ["ale-py>=0.11"],
         "mujoco": ["gymnasium[mujoco]"],
         "envpool": ["envpool>=1.2"],

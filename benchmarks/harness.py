@@ -25,8 +25,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 CODE = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
 PACKAGES = (
-    *("torch", "triton", "numpy", "gymnasium", "stable-baselines3", "torchrl", "trl", "verl"),
-    *("liger-kernel", "cut-cross-entropy", "rl-triton", "flash-attn", "rl_games"),
+    *("torch", "triton", "numpy", "transformers", "gymnasium", "stable-baselines3", "torchrl"),
+    *("trl", "verl", "liger-kernel", "cut-cross-entropy", "rl-triton", "flash-attn", "rl_games"),
     *("jax", "sbx-rl", "rsl-rl-lib", "envpool", "ale-py", "mujoco"),
 )
 

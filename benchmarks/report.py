@@ -204,6 +204,53 @@ def control() -> list[str]:
     return lines
 
 
+LANGUAGE = ("full", "small", "v50k", "qwen")
+"""Cases of bench_llm.py."""
+
+SAID_OF_PHASES = {"sample": "sample", "score": "score", "update": "update", "whole": "together"}
+
+
+def language(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Speed and memory by phase, a line an arm, a block a case."""
+    lines = [
+        "PPO for language models by phase, in turns, each arm in a process of its own on one core with one "
+        "thread; models, prompts and hyper-parameters are the same, and scoring and update see the same "
+        "responses. In brackets: how many times as fast ours is, median over rounds; together: with "
+        "the garbage collection that TRL asks for. Memory: the peak beyond the four loaded models, and in "
+        "brackets how many times ours.",
+        "",
+        "| | " + " | ".join(f"{said}, tokens/s" for said in SAID_OF_PHASES.values()) + " | "
+        "sample, MB | score, MB | update, MB |",
+        "|---" * (1 + len(SAID_OF_PHASES) + 3) + "|",
+    ]
+    notes, sources = [], []
+    for record in records:
+        lines.append(f"| **{record['title']}** |" + " |" * (len(SAID_OF_PHASES) + 3))
+        arms: dict[str, dict[str, dict[str, Any]]] = {}
+        for row in record["rows"]:
+            arms.setdefault(row["arm"], {})[row["phase"]] = row
+        for arm, phases in arms.items():
+            speeds = [
+                with_times(phases[name]["tokens_per_s"], arm, phases[name].get("ours_times"))
+                for name in SAID_OF_PHASES
+            ]
+            memory = [
+                with_times(phases[name]["peak_mb"], arm, phases[name].get("memory_times"))
+                for name in ("sample", "score", "update")
+            ]
+            lines.append("| " + " | ".join([arm, *speeds, *memory]) + " |")
+        notes += [f"{arm} {reason}." for arm, reason in record.get("missing", {}).items()]
+        sources.append(source(record))
+    notes.insert(0, "The TRL-1.10-style loop is ours: TRL has no PPO since September 2026.")
+    return [*lines, "", *closing("bench_llm.py", notes, sources)]
+
+
+def with_times(value: float | None, arm: str, times: float | None) -> str:
+    """A figure, and of arms that are not ours how it stands to ours."""
+    beside = "" if times is None or arm == OURS else f" ({times:.2f})"
+    return shown(value) + beside
+
+
 def op(record: dict[str, Any], ours: str, group: tuple[str, ...]) -> list[str]:
     """One line a problem: our time, and how many times longer each peer takes."""
     column = f"times {ours}"
@@ -454,6 +501,8 @@ def machine_code(record: dict[str, Any]) -> list[str]:
 def report() -> str:
     """Return the section's text; what no file shows is said to be unmeasured."""
     lines = control()
+    if models := [record for case in LANGUAGE if (record := newest(f"llm_{case}")) is not None]:
+        lines += language(models)
     if (record := newest("gae")) is not None:
         lines += op(record, "gae", ("shape",))
     if (record := newest("log_probs")) is not None:

@@ -244,11 +244,14 @@ def sample_from_logits(
     temperature: float | Tensor = 1.0,
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
+    uniform: Tensor | None = None,
 ) -> Sample:
     """See `ppo_fast.functional.sample.sample_from_logits`."""
-    # The reference's own random numbers; drawn outside the op, which is then a pure function.
-    uniform = torch.empty(logits.shape[0], 2, dtype=torch.float64, device=logits.device)
-    uniform.uniform_(generator=generator)
+    if uniform is None:
+        # The reference's own random numbers; drawn outside the op, which is then a pure function.
+        uniform = torch.empty(logits.shape[0], 2, dtype=torch.float64, device=logits.device)
+        uniform.uniform_(generator=generator)
+    uniform = uniform.contiguous()
     numbers, tensors = pack(temperature)
     return Sample(*_sample(logits.detach(), mask, uniform, numbers, tensors))
 

@@ -1,4 +1,4 @@
-"""The `ppo-fast` command: train, eval, plot, doctor, profile, bench report."""
+"""The `ppo-fast` command: train, eval, plot, doctor, profile, bench report, rlhf."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ USAGE = """ppo-fast: PPO in PyTorch whose hot paths are Triton kernels
   ppo-fast train --resume RUN         continue an interrupted run
   ppo-fast eval RUN [--episodes N] [--video]
   ppo-fast plot RUN... [--out FILE]   learning curves; seeds of one environment are banded
+  ppo-fast rlhf COMMAND               PPO for language models; `ppo-fast rlhf` lists its commands
   ppo-fast doctor                     versions, devices, backends, and a self-check of every op
   ppo-fast profile -- train ENV_ID    any command under Nsight or torch.profiler; `ppo-fast profile --help`
   ppo-fast bench report               in a checkout: speed tables and pictures from benchmarks/results
@@ -86,6 +87,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "doctor": _doctor,
         "profile": _profile,
         "bench": _bench,
+        "rlhf": _rlhf,
     }
 
 
@@ -203,6 +205,12 @@ def _run(model: PPO, learn: Callable[[Callable[[PPO], None]], object]) -> None:
             f"{model.config.stats_window} episodes in {model.num_timesteps:,} steps",
             1,
         )
+
+
+def _rlhf(arguments: list[str]) -> None:
+    from ppo_fast.llm.commands import rlhf
+
+    rlhf(arguments)
 
 
 def _eval(arguments: list[str]) -> None:

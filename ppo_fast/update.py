@@ -8,8 +8,8 @@ one vector. On a CPU, where reading is free, the stop also ends the loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sized
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from ppo_fast.rollout import Batch
 Scalar = Tensor | float
 
 APPROX_KL = PPO_STATS.index("approx_kl")
+
+Samples = TypeVar("Samples", bound=Sized)
 
 ONE = torch.ones(())
 """Adding a Python number to a small tensor takes twice as long."""
@@ -44,6 +46,8 @@ class FlatAdam:
         learning_rate: kept as the 0-d float32 tensor `lr`, which may be changed in place.
         eps: Adam's epsilon.
         max_grad_norm: gradients are scaled down to this global norm.
+        critic: those of the parameters that learn at `critic_factor` times `lr`.
+        critic_factor: a language model's critic often starts further from its goal than the policy.
 
     Raises:
         ValueError: no trainable parameter, or parameters on several devices.
@@ -55,6 +59,8 @@ class FlatAdam:
         learning_rate: float,
         eps: float = 1e-5,
         max_grad_norm: float = 0.5,
+        critic: Iterable[nn.Parameter] = (),
+        critic_factor: float = 1.0,
     ) -> None:
         trainable = [p for p in parameters if p.requires_grad]
         if not trainable:
@@ -68,9 +74,11 @@ class FlatAdam:
         self.max_grad_norm = max_grad_norm
         self.lr = torch.tensor(learning_rate, dtype=torch.float32, device=self.device)
         self.eps = eps
+        apart = set() if critic_factor == 1.0 else {id(p) for p in critic}
+        kinds = [(p.dtype, critic_factor if id(p) in apart else 1.0) for p in trainable]
         self._groups = [
-            _Group.of([p for p in trainable if p.dtype == dtype])
-            for dtype in dict.fromkeys(p.dtype for p in trainable)
+            _Group.of([p for p, own in zip(trainable, kinds, strict=True) if own == kind], kind[1])
+            for kind in dict.fromkeys(kinds)
         ]
 
     def flat(self, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
@@ -89,6 +97,10 @@ class FlatAdam:
         if offset != group.parameters.numel() or len(self._groups) > 1:
             raise ValueError("FlatAdam: its buffers hold more than these parameters")
         return group.parameters, group.gradients
+
+    def gradients(self) -> list[Tensor]:
+        """The flat gradients, [P] each, of all parameters."""
+        return [group.gradients for group in self._groups]
 
     def zero_grad(self) -> None:
         """Zero all gradients."""
@@ -114,8 +126,8 @@ class FlatAdam:
             The gradient's global norm before clipping, and whether loss and gradient were finite:
             0-d tensors, or numbers on a CPU.
         """
-        if not may_read(self.device) and len(self._groups) == 1:
-            group = self._groups[0]
+        group = self._groups[0]
+        if not may_read(self.device) and len(self._groups) == 1 and group.lr_factor == 1.0:
             norm, finite = clipped_adam_(
                 group.parameters,
                 group.gradients,
@@ -166,7 +178,7 @@ class FlatAdam:
             [],
             [group.steps],
             amsgrad=False,
-            lr=self.lr,
+            lr=self.lr if group.lr_factor == 1.0 else self.lr * group.lr_factor,
             beta1=0.9,
             beta2=0.999,
             weight_decay=0.0,
@@ -187,7 +199,7 @@ class FlatAdam:
 
 
 class _Group(NamedTuple):
-    """Flat buffers of the parameters of one dtype, and Adam's state of them."""
+    """Flat buffers of the parameters of one dtype and rate, and Adam's state of them."""
 
     parameters: Tensor
     gradients: Tensor
@@ -195,9 +207,10 @@ class _Group(NamedTuple):
     exp_avg_sq: Tensor
     steps: Tensor
     """0-d float32"""
+    lr_factor: float
 
     @classmethod
-    def of(cls, parameters: list[nn.Parameter]) -> _Group:
+    def of(cls, parameters: list[nn.Parameter], lr_factor: float) -> _Group:
         """Make the parameters and their gradients views into new flat buffers."""
         flat = torch.cat([p.detach().reshape(-1) for p in parameters])
         gradients = torch.zeros_like(flat)
@@ -208,7 +221,8 @@ class _Group(NamedTuple):
             parameter.grad = gradients[offset:end].view(parameter.shape)
             offset = end
         steps = torch.zeros((), device=flat.device)
-        return cls(flat, gradients, torch.zeros_like(flat), torch.zeros_like(flat), steps)
+        moments = (torch.zeros_like(flat), torch.zeros_like(flat))
+        return cls(flat, gradients, *moments, steps, lr_factor)
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -294,9 +308,9 @@ class Gathered:
 
 
 def ppo_update(
-    loss: Callable[[Batch], PPOLoss],
+    loss: Callable[[Samples], PPOLoss],
     optimizer: FlatAdam,
-    batch: Batch,
+    batch: Samples,
     config: PPOConfig,
     generator: torch.Generator,
 ) -> UpdateStats:
@@ -307,7 +321,8 @@ def ppo_update(
             detached one whose gradient is in the parameters' `grad` already. Its attribute
             `minibatches(batch, config) -> Minibatches`, where it has one, is used instead.
         optimizer: steps once per minibatch.
-        batch: M samples; they are cut into minibatches of equal size, up to one row.
+        batch: M samples; they are cut into minibatches of equal size, up to one row. A `Batch`, unless
+            the loss has minibatches of its own.
         config: `update_epochs`, `num_minibatches`, `target_kl`, `adaptive_lr_kl`.
         generator: draws a new permutation for every epoch, on the batch's device.
 
@@ -319,7 +334,8 @@ def ppo_update(
     if hasattr(loss, "minibatches"):
         minibatches: Minibatches = loss.minibatches(batch, config)
     else:
-        minibatches = Gathered(loss, optimizer, batch, per_epoch)
+        assert isinstance(batch, Batch)
+        minibatches = Gathered(loss, optimizer, batch, per_epoch)  # type: ignore[arg-type]
     stopped: Tensor | None = None
     if config.target_kl is not None:
         stopped = torch.zeros((), dtype=torch.bool, device=optimizer.device)

@@ -124,6 +124,20 @@ def test_the_ends_of_the_unit_interval_draw_possible_outcomes(monkeypatch, unifo
     assert (drawn.actions == (3 if uniform == 0 else width - 3)).all()
 
 
+@pytest.mark.parametrize("width", [6, 2000])
+def test_given_random_numbers_replace_the_generators(path, width):
+    logits = torch.randn(9, width, generator=seeded(1))
+    uniform = torch.empty(9, 2, dtype=torch.float64).uniform_(generator=seeded(7))
+    state = torch.get_rng_state()
+    drawn = sample_from_logits(logits, temperature=0.7, uniform=uniform)
+    assert torch.equal(torch.get_rng_state(), state)
+    want = sample_from_logits(logits, temperature=0.7, generator=seeded(7))
+    torch.testing.assert_close(drawn, want, rtol=0, atol=0)
+    for row in (slice(4, 5), [8, 0, 3]):
+        some = sample_from_logits(logits[row], temperature=0.7, uniform=uniform[row])
+        torch.testing.assert_close(some, Sample(*(part[row] for part in drawn)))
+
+
 def test_extreme_logits(path):
     for value in (-1e4, 1e4):
         drawn = sample_from_logits(torch.full((400, 4), value), generator=seeded())
@@ -203,6 +217,11 @@ def test_function_transforms_are_refused():
         ({"logits": torch.randn(3, 0)}, "V at least 1"),
         ({"logits": torch.ones(3, 4).long()}, "floating-point"),
         ({"temperature": 0.0}, "temperature is 0.0; expected a positive"),
+        ({"uniform": torch.rand(3, 2)}, r"uniform is \[3, 2\] torch.float32; expected \[3, 2\]"),
+        ({"uniform": torch.rand(2, 2).double()}, r"uniform is \[2, 2\] .* expected \[3, 2\]"),
+        ({"uniform": torch.ones(3, 2).double()}, r"outside \[0, 1\)"),
+        ({"uniform": torch.rand(3, 2).double().to("meta")}, "uniform is on meta; expected cpu"),
+        ({"uniform": torch.rand(3, 2).double(), "generator": seeded()}, "both generator and"),
         ({"mask": torch.ones(3, 4).bool()}, r"mask is \[3, 4\]"),
     ],
 )

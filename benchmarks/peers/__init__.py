@@ -5,6 +5,8 @@ fields), translates it into the trainer's constants, and returns a function that
 of environment steps. Importing this module imports nothing heavy: what a trainer's own imports take
 is part of what is measured.
 
+Trainers of language models have `build(case, models, **options)` and return `Stages`.
+
 Kernels (`KERNEL_PEERS`) have `arms(case)`: the functions of that package which compute what the case
 asks for, or a part of it, by name. Each takes our inputs, lays them out as its package wants them,
 and returns what is then timed.
@@ -37,6 +39,24 @@ Watch = Callable[[int, Sequence[float]], bool]
 finished episodes, 100 at most; True ends the training."""
 Trainer = Callable[[int, Watch], Trained]
 Build = Callable[..., Trainer]
+
+
+class Stages(NamedTuple):
+    """A trainer of language models, taken apart; `build(case, models, **options)` returns it."""
+
+    sample: Callable[[list[list[int]]], Any]
+    """generate responses to prompts"""
+    count: Callable[[Any], int]
+    """response tokens in what `sample` returned"""
+    forced: Callable[[list[list[int]], list[list[int]]], Any]
+    """what `sample` would return had the policy given these responses to these prompts"""
+    score: Callable[[Any], Any]
+    """from there to what `update` trains on: log-probs, values, rewards, advantages"""
+    update: Callable[[Any], dict[str, float]]
+    """all epochs; returns metrics"""
+    garbage: Callable[[], None] | None = None
+    """what the trainer does after scoring and after an update to free memory"""
+
 
 Prepare: TypeAlias = (
     "Callable[[dict[str, Any], dict[str, Tensor]], Callable[[], dict[str, Tensor]]]"

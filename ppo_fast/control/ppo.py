@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -24,12 +25,10 @@ from ppo_fast.control.collect import Collector
 from ppo_fast.control.envs import Environments
 from ppo_fast.control.episodes import EpisodeStats
 from ppo_fast.control.explicit import why_not_explicit
-from ppo_fast.control.interrupt import DeferredInterrupt
 from ppo_fast.control.loss import ExplicitLoss, make_loss
 from ppo_fast.control.make_envs import checked_device, make_environments
 from ppo_fast.control.normalize import ObservationNormalizer, RewardNormalizer
 from ppo_fast.control.precision import in_precision
-from ppo_fast.control.run_folder import RunFolder
 from ppo_fast.control.saving import (
     check_same_spaces,
     live_tensors,
@@ -43,11 +42,13 @@ from ppo_fast.control.spaces import as_batch, space_from_json, space_leaves
 from ppo_fast.device_errors import raise_device_errors
 from ppo_fast.distributions import distribution_for
 from ppo_fast.functional.explained_variance import explained_variance
+from ppo_fast.interrupt import DeferredInterrupt
 from ppo_fast.kl_control import KLController
 from ppo_fast.models import ActorCritic, actor_of, critic_of, is_image
 from ppo_fast.profiling import StageTimer
 from ppo_fast.results import PPO_STATS
 from ppo_fast.rollout import Batch, Rollout
+from ppo_fast.run_folder import RunFolder
 from ppo_fast.tree import tree_leaves
 from ppo_fast.update import FlatAdam, UpdateStats, ppo_update
 
@@ -541,9 +542,9 @@ class PPO:
         path = Path(self.config.run_dir).resolve()
         # Another run's folder is refused, also to a loaded model.
         resume = self.num_timesteps if path == self._own_folder else None
-        self._folder = RunFolder(self.config.run_dir, resume)
+        self._folder = RunFolder(self.config.run_dir, resume, _draw_curve)
         self._own_folder = path
-        self._folder.write_config(self.env_id, self.config)
+        self._folder.write_config({"env_id": self.env_id}, self.config, gymnasium)
         # Whatever happens to the run from here on, it can be resumed.
         self.save(self._folder.checkpoint)
 
@@ -699,6 +700,12 @@ class PPO:
         """Close the environments."""
         if self.envs is not None:
             self.envs.close()
+
+
+def _draw_curve(folder: Path) -> None:
+    from ppo_fast.plots import plot_learning_curves
+
+    plot_learning_curves([folder], folder / "learning_curve.png")
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch import Tensor
 from ppo_fast.checkpoint import load_checkpoint, save_checkpoint
 from ppo_fast.control.env_state import capture_state, restore_state
 from ppo_fast.control.envs import Environments
-from ppo_fast.control.run_folder import CHECKPOINT_FILE, CONFIG_FILE
 from ppo_fast.control.spaces import space_from_json, space_to_json
+from ppo_fast.run_folder import CHECKPOINT_FILE, CONFIG_FILE
 
 if TYPE_CHECKING:
     from ppo_fast.control.ppo import PPO

@@ -29,6 +29,7 @@ def _validate(
     temperature: float | Tensor = 1.0,
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
+    uniform: Tensor | None = None,
 ) -> None:
     name = "sample_from_logits"
     check_logits(name, logits)
@@ -38,8 +39,35 @@ def _validate(
             "use logits.flatten(0, -2) and reshape the results"
         )
     check_mask(name, mask, logits.shape[:1])
+    if uniform is not None:
+        _check_uniform(name, logits, generator, uniform)
     with torch.no_grad():
         check_temperature(name, temperature)
+
+
+def _check_uniform(
+    name: str, logits: Tensor, generator: torch.Generator | None, uniform: Tensor
+) -> None:
+    if generator is not None:
+        raise ValueError(
+            f"{name}: both generator and uniform are given; expected one source of random numbers, "
+            "drop the other"
+        )
+    rows = logits.shape[0]
+    if uniform.dtype is not torch.float64 or uniform.shape != (rows, 2):
+        raise ValueError(
+            f"{name}: uniform is {list(uniform.shape)} {uniform.dtype}; expected [{rows}, 2] "
+            "torch.float64, two numbers a row of logits"
+        )
+    if uniform.device != logits.device:
+        raise ValueError(
+            f"{name}: uniform is on {uniform.device}; expected {logits.device}, where the logits are"
+        )
+    if may_ask(uniform) and not ((uniform >= 0) & (uniform < 1)).all():
+        raise ValueError(
+            f"{name}: uniform holds numbers outside [0, 1) or NaN; expected what torch.rand or "
+            "numpy's Generator.random draw"
+        )
 
 
 @accelerated(validate=_validate)
@@ -50,6 +78,7 @@ def sample_from_logits(
     temperature: float | Tensor = 1.0,
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
+    uniform: Tensor | None = None,
 ) -> Sample:
     """Draw one index per row from softmax(logits / temperature).
 
@@ -68,26 +97,31 @@ def sample_from_logits(
             global one. The draws depend on its state and on M, not on how the work is cut up.
         mask: [M] bool; the row mask, not an action mask (which is logits of -inf). Where False
             action, log-probability and entropy are 0, and what the logits hold does not matter.
+        uniform: [M, 2] float64 in [0, 1) on the device of the logits: the random numbers themselves,
+            in place of a generator's. A row's draw then depends on its logits and its two numbers
+            only. The first one is read where V is over 512.
 
     Returns:
         `Sample(actions, log_probs, entropy)`, [M] each.
 
     Raises:
         NotImplementedError: called under a `torch.func` transform.
-        ValueError: shapes or dtypes do not fit, V is 0, temperature is not a positive number; on
-            the CPU also if an unmasked row is all -inf or holds NaN or +inf. A GPU is not asked:
-            such rows come back with log-probability -inf or NaN.
+        ValueError: shapes, dtypes or devices do not fit, V is 0, temperature is not a positive
+            number, generator and uniform are both given; on the CPU also if uniform leaves [0, 1), or
+            an unmasked row is all -inf or holds NaN or +inf. A GPU is not asked: such rows come back
+            with log-probability -inf or NaN.
     """
-    _validate(logits, temperature=temperature, generator=generator, mask=mask)
+    _validate(logits, temperature=temperature, generator=generator, mask=mask, uniform=uniform)
     name = "sample_from_logits"
     divisor = check_temperature(name, temperature)
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     dtype = compute_dtype(logits)
-    # In [0, 1), so that a target stays below its total and the search inside the row. Not by
-    # torch.rand: with a generator argument torch.compile cannot give it a dynamic shape.
-    uniform = torch.empty(logits.shape[0], 2, dtype=torch.float64, device=logits.device)
-    uniform.uniform_(generator=generator)
+    if uniform is None:
+        # In [0, 1), so that a target stays below its total and the search inside the row. Not by
+        # torch.rand: with a generator argument torch.compile cannot give it a dynamic shape.
+        uniform = torch.empty(logits.shape[0], 2, dtype=torch.float64, device=logits.device)
+        uniform.uniform_(generator=generator)
     parts, picked = [], []
     for own, (block,), scratch in Blocks(2, dtype, logits):
         stats, e = softmax_stats(block, dtype, divisor, True, *scratch)

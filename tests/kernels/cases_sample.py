@@ -39,6 +39,11 @@ def seeded(M: int, V: int, seed: int) -> Call:
     return policy(M, V, generator=generator)
 
 
+def numbered(M: int, V: int, **kwargs) -> Call:
+    """The random numbers given, every third of a row's."""
+    return policy(M, V, uniform=torch.rand(M, 5, dtype=torch.float64)[:, 1::3], **kwargs)
+
+
 def strided(M: int, V: int) -> Call:
     call = policy(M, V + 4, masked=True)
     mask = torch.stack((call.kwargs["mask"],) * 2, 1)[:, 0]
@@ -63,6 +68,8 @@ CASES = {
         lambda: policy(5, 600, temperature=torch.tensor(0.3), spread=0.5)
     ),
     "strided": partial(strided, 6, 700),
+    "uniform given": partial(numbered, 40, 30),
+    "uniform given, shared": partial(numbered, 12, 5121, spread=0.1, masked=True),
     "fp16": partial(policy, 5, 33, dtype=torch.float16),
 }
 
@@ -95,6 +102,8 @@ MUTANTS = [
         "c = LOG2E * number(temperature)",
         "temperature on the device",
     ),
+    Mutant("sample.py", "if uniform is None:", "if uniform is not None:", "uniform given"),
+    Mutant("sample.py", "uniform = uniform.contiguous()", "pass", "uniform given, shared"),
     Mutant("sample.py", "mask=at < V, other", "mask=at < V - 1, other", "segments"),
     Mutant(
         "sample.py",
