@@ -2,7 +2,7 @@
 
 Runs the tests of the kernels and of the trainer (tests/gpu, tests/kernels), then the kernels' suite
 (bench_kernels.py), the learner step and training on tensor environments (bench_learner.py) and, if
-time is left, training against peers (bench_control.py), all inside --minutes, each in a slice of its
+time is left, training against peers (bench_control.py, bench_llm.py), all inside --minutes, each in a slice of its
 own that what ran before cannot eat up. Results go to benchmarks/results and, where the variable OUT
 names a folder, there too, after each case: nothing measured is lost where a command is cut off.
 
@@ -46,7 +46,7 @@ TAIL = 40
 TEST_SECONDS, LEARNER_SECONDS = 150.0, 120.0
 GRACE = 15.0
 """Seconds that a benchmark has for its tables once it is told to start nothing new."""
-CONTROL_SECONDS = 45.0
+CONTROL_SECONDS, LLM_SECONDS = 45.0, 60.0
 """Left over, they are worth a training against a peer."""
 
 
@@ -195,10 +195,19 @@ def main() -> None:
         status, lines = run(command, env, left())
         print("\n".join(lines))
         control = {None: "stopped", 0: "complete"}.get(status, "see above")
+    llm = "not run: no time was left" if on_gpu else "not run: without a GPU it is `make bench`"
+    if importlib.util.find_spec("transformers") is None:
+        llm = "not run: transformers is missing"
+    elif on_gpu and left() > LLM_SECONDS:
+        command = [sys.executable, str(HERE / "bench_llm.py"), "--case", "qwen", "--rounds", "1"]
+        status, lines = run([*command, "--updates", "2", "--json"], env, left())
+        print("\n".join(lines))
+        llm = {None: "stopped", 0: "complete"}.get(status, "see above")
     print(f"tests: {said}")
     print(f"kernels: {suite_said}")
     print(f"learner: {steps_said}")
     print(f"control: {control}")
+    print(f"language models: {llm}")
     print(f"{time.monotonic() - began:.0f} s in all")
     raise SystemExit(0 if passed and suite and steps else 1)
 

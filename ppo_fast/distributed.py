@@ -6,7 +6,8 @@ processes, so summed gradients are those of one process with the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,26 @@ def all_max_(tensor: Tensor) -> None:
     """Replace a tensor by its largest over processes, element by element."""
     if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+
+
+@contextmanager
+def failing_together(device: torch.device) -> Iterator[None]:
+    """An error of the block in one process ends it in all; else the others would wait for ever.
+
+    Raises:
+        RuntimeError: another process failed.
+    """
+    try:
+        yield
+    except Exception:
+        if is_distributed():
+            all_max_(torch.ones((), device=device))
+        raise
+    if is_distributed():
+        failed = torch.zeros((), device=device)
+        all_max_(failed)
+        if failed:
+            raise RuntimeError("another process failed; its error says why")
 
 
 def broadcast_(tensors: Iterable[Tensor]) -> None:

@@ -18,7 +18,14 @@ from torch import nn
 
 from ppo_fast.checkpoint import atomic_write_text
 from ppo_fast.device_errors import raise_device_errors
-from ppo_fast.distributed import all_moments, all_sum_, broadcast_, rank, world_size
+from ppo_fast.distributed import (
+    all_moments,
+    all_sum_,
+    broadcast_,
+    failing_together,
+    rank,
+    world_size,
+)
 from ppo_fast.extras import require
 from ppo_fast.functional.explained_variance import explained_variance
 from ppo_fast.functional.whiten import masked_whiten, moments
@@ -402,9 +409,10 @@ class PPOTrainer:
                 f"the sampler gave the token id {highest}; the model's vocabulary has "
                 f"{self.policy.vocab_size}"
             )
-        scores = self.reward(
-            prompts.ids, ids, prompts=self._texts(prompts), columns=prompts.columns
-        )
+        with failing_together(self.device):
+            scores = self.reward(
+                prompts.ids, ids, prompts=self._texts(prompts), columns=prompts.columns
+            )
         shaped = shape_scores(
             scores.total,
             torch.tensor(responses.ended),
