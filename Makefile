@@ -8,7 +8,7 @@ NEWEST := 3.9.0
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-ops lint bench bench-control learn gpu clean
+.PHONY: help train rlhf test test-ops lint bench bench-control learn gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ help: ## list the targets
 
 train: $(VENV)/ready ## train CartPole-v1 until it is solved, into a new folder under runs/
 	$(BIN)/ppo-fast train CartPole-v1 --total-timesteps 150000 --stop-return 475 $(ARGS)
+
+rlhf: $(VENV)/ready-llm ## the whole of RLHF on generated stories, into runs/rlhf/TIME, 4 minutes
+	$(BIN)/ppo-fast rlhf run $(ARGS)
 
 test: test-kernels-$(OLDEST) test-kernels-$(NEWEST) test-ops ## run all tests; -j2 -O runs two of the three parts at a time
 
@@ -58,7 +61,11 @@ $(VENV)/ready: requirements.txt setup.py
 	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/ready-learn: $(VENV)/ready requirements-learn.txt
+$(VENV)/ready-llm: $(VENV)/ready requirements-llm.txt
+	$(BIN)/python -m pip install -r requirements-llm.txt
+	@touch $@
+
+$(VENV)/ready-learn: $(VENV)/ready-llm requirements-learn.txt
 	$(BIN)/python -m pip install -r requirements-learn.txt
 	@touch $@
 

@@ -293,7 +293,11 @@ def make_trainer(flags: PPOFlags) -> PPOTrainer:
     """The trainer that `ppo-fast rlhf ppo` runs, from its flags."""
     from ppo_fast.llm.ppo_trainer import PPOTrainer
 
+    import torch
+
     settings = dataclasses.asdict(flags)
+    if flags.device == "auto" and torch.cuda.is_available():
+        settings["device"] = "cuda"
     fields = RLHFConfig.__dataclass_fields__
     sources = {name: value for name, value in settings.items() if name not in fields}
     policy, tokenizer = load_causal_lm(flags.model)

@@ -99,6 +99,8 @@ class RLHFConfig(PPOConfig):
     """responses to train on; None means `num_epochs`"""
     num_epochs: float = 1.0
     """passes over the prompts, where total_episodes does not say how many"""
+    device: str = "auto"
+    """"auto" is where the model is; "cpu", "cuda" or "cuda:1" moves all models there"""
     run_dir: str | None = None
     """folder for config, checkpoint, metrics, samples and plots; None writes nothing"""
     save_every: int = 10

@@ -52,7 +52,8 @@ def compare(settings: Pipeline, out: Path) -> dict[str, dict[str, float]]:
         `summary` by policy.
     """
     from ppo_fast.llm.commands import load_causal_lm, load_reward_model
-    from ppo_fast.llm.pipeline import HELD_OUT, REWARD_MODEL, RUNS, SFT, device_of, first_policy
+    from ppo_fast.llm.pipeline import RUNS
+    from ppo_fast.llm.pipeline_steps import HELD_OUT, REWARD_MODEL, SFT, device_of, first_policy
     from ppo_fast.llm.plots import plot_overoptimization, plot_training
     from ppo_fast.llm.prompts import tokenize_prompts
 
@@ -121,7 +122,8 @@ def _sample(
     settings: Pipeline, policy: Any, reference: Any, scorer: Any, tokenizer: Any, prompts: Prompts
 ) -> Sampled:
     from ppo_fast.llm.models import Policy
-    from ppo_fast.llm.pipeline import ppo_config, sample_ids
+    from ppo_fast.llm.pipeline import ppo_config
+    from ppo_fast.llm.pipeline_steps import sample_ids
     from ppo_fast.llm.rollout import Sequences
     from ppo_fast.llm.scoring import evaluate_tokens
     from ppo_fast.llm.stories import gold_reward_fn
@@ -196,7 +198,8 @@ def _inline(text: str) -> str:
 
 def _steps(out: Path) -> dict[str, dict[str, float]]:
     """What every trained model's folder says of its training."""
-    from ppo_fast.llm.pipeline import REWARD_MODEL, RUNS, SFT, TRAINING
+    from ppo_fast.llm.pipeline import RUNS
+    from ppo_fast.llm.pipeline_steps import REWARD_MODEL, SFT, TRAINING
 
     names = [SFT, REWARD_MODEL, *(policy for _, policy in RUNS.values())]
     return {
