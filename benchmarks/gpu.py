@@ -2,8 +2,8 @@
 
 Runs the tests of the kernels and of the trainer (tests/gpu, tests/kernels), then the kernels' suite
 (bench_kernels.py), the learner step and training on tensor environments (bench_learner.py) and, if
-time is left, training against peers (bench_control.py, bench_llm.py), all inside --minutes, each in a slice of its
-own that what ran before cannot eat up. Results go to benchmarks/results and, where the variable OUT
+time is left, training against peers (bench_control.py, bench_llm.py), all inside --minutes, each in a
+slice of its own that what ran before cannot eat up. Results go to benchmarks/results and, where OUT
 names a folder, there too, after each case: nothing measured is lost where a command is cut off.
 
 Without a GPU only `--tiny` runs: the same code, our kernels in Triton's interpreter, small sizes,

@@ -268,6 +268,33 @@ def op(record: dict[str, Any], ours: str, group: tuple[str, ...]) -> list[str]:
     return [*lines, "", f"CPU, one thread; {source(record)}.", ""]
 
 
+def hidden(record: dict[str, Any]) -> list[str]:
+    """The `_from_hidden` ops beside whole logits: time and memory, a line a problem."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        label = ", ".join(str(row[key]) for key in ("shape", "output", "pass"))
+        groups.setdefault(label, {})[row["case"]] = row
+    peers = list(dict.fromkeys(case for cases in groups.values() for case in cases if case != OURS))
+    lines = [
+        "| from hidden states, rows x vocabulary x hidden | ms | peak, MiB | "
+        + " | ".join(f"{peer}: times, peak" for peer in peers)
+        + " |",
+        "|---" * (3 + len(peers)) + "|",
+    ]
+    for label, cases in groups.items():
+        own = cases[OURS]
+        cells = [
+            f"{1 / cases[p]['ours / this, median']:.2f}, {1 / cases[p]['ours / this, peak']:.1f}"
+            if p in cases
+            else "-"
+            for p in peers
+        ]
+        speed = f"{own['median_us'] / 1000:,.0f} | {own['peak_mib']:,.0f}"
+        lines.append(f"| {label} | {speed} | " + " | ".join(cells) + " |")
+    note = "CPU, one thread; peak: beyond what the call is given, gradients included"
+    return [*lines, "", f"{note}; {source(record)}.", ""]
+
+
 LEARNER_OTHERS = {
     "ppo_fast fp16, eager": "no graph",
     "ppo_fast fp32, graph": "fp32",
@@ -507,6 +534,8 @@ def report() -> str:
         lines += op(record, "gae", ("shape",))
     if (record := newest("log_probs")) is not None:
         lines += op(record, "log_probs_from_logits", ("shape", "output", "pass"))
+    if (record := newest("linear_head")) is not None:
+        lines += hidden(record)
     if (record := newest("aot")) is not None:
         lines += machine_code(record)
     if (record := newest("learner")) is not None and record["machine"]["gpu"]:

@@ -105,15 +105,23 @@ class HeadWithoutStart(torch.nn.Linear):
         return logits.index_fill(-1, torch.tensor([START]), -torch.inf)
 
 
-def no_start(model):
-    model.lm_head.__class__ = HeadWithoutStart
+def no_start(model, head):
+    """Forbid START in a way that the head's ops know ("fused"), or in one of the head's own."""
+    if head == "logits":
+        model.lm_head.__class__ = HeadWithoutStart
+        return model
+    words = model.lm_head.weight
+    model.lm_head = torch.nn.Linear(words.shape[1], words.shape[0], dtype=words.dtype)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(words)
+        model.lm_head.bias.zero_()[START] = -torch.inf
     return model
 
 
 class Setup:
     """A policy that has moved away from its reference, with a critic that is 0 everywhere."""
 
-    def __init__(self, layout="packed", **settings):
+    def __init__(self, layout="packed", head="logits", **settings):
         self.config = RLHFConfig(
             response_length=LENGTH,
             gae_lambda=1.0,
@@ -122,11 +130,12 @@ class Setup:
             kl_coef=BETA,
             max_grad_norm=float("inf"),
             layout=layout,
+            head=head,
             rollout_batch_size=len(RESPONSES),
             **settings,
         )
-        self.model, self.ref_model = no_start(llama(0)), no_start(llama(1))
-        self.policy = Policy(self.model, layout)
+        self.model, self.ref_model = no_start(llama(0), head), no_start(llama(1), head)
+        self.policy = Policy(self.model, layout, head=head)
         self.reference = make_reference(self.policy, self.ref_model, layout)
         self.critic = make_critic(self.policy, None, layout).double()
         with torch.no_grad():
@@ -204,15 +213,18 @@ def test_enumerated_responses_have_probability_one():
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("aggregation", ["token", "seq-mean-token-sum", "constant"])
 @pytest.mark.parametrize("token_budget", [1, 7, 10_000])
-def test_the_gradient_is_that_of_the_objective(layout, aggregation, token_budget):
-    setup = Setup(layout, loss_aggregation=aggregation, token_budget=token_budget)
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_the_gradient_is_that_of_the_objective(layout, aggregation, token_budget, head):
+    setup = Setup(layout, head, loss_aggregation=aggregation, token_budget=token_budget)
+    assert (setup.policy.fused is None) == (head == "logits")
     rewards = reward_table(3)
     assert_equal(setup.gradient(rewards), setup.exact(rewards), constant(aggregation))
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_the_gradient_is_that_of_the_tempered_policy(temperature):
-    setup = Setup(temperature=temperature)
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_the_gradient_is_that_of_the_tempered_policy(temperature, head):
+    setup = Setup(head=head, temperature=temperature)
     rewards = reward_table(5)
     sequences = Sequences([[START]] * len(RESPONSES), RESPONSES, "cpu")
     found = evaluate_tokens(setup.policy, None, setup.reference, sequences, setup.config)
@@ -273,8 +285,11 @@ def test_k3_in_the_reward_is_not_the_gradient_of_the_kl():
         assert_equal(setup.gradient(rewards), setup.exact(rewards), constant("token"), 1e-2)
 
 
-def test_responses_weigh_alike_in_the_mean_of_their_means():
-    setup = Setup(loss_aggregation="seq-mean-token-mean", kl_in="loss", kl_estimator="k2")
+@pytest.mark.parametrize("head", ["logits", "fused"])
+def test_responses_weigh_alike_in_the_mean_of_their_means(head):
+    setup = Setup(
+        head=head, loss_aggregation="seq-mean-token-mean", kl_in="loss", kl_estimator="k2"
+    )
     setup.config = dataclasses.replace(setup.config, kl_coef=0.0)
     rewards, probabilities = reward_table(6), setup.probabilities()
     gradient = setup.gradient(rewards)
@@ -326,12 +341,15 @@ def unused_port():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "estimator"), [(0, "k1"), (1, "k1"), (2, "k1"), (0, "full")])
-def test_training_comes_within_five_percent_of_the_optimum(seed, estimator):
+@pytest.mark.parametrize(
+    ("seed", "estimator", "head"),
+    [(0, "k1", "logits"), (1, "k1", "fused"), (2, "k1", "fused"), (0, "full", "logits")],
+)
+def test_training_comes_within_five_percent_of_the_optimum(seed, estimator, head):
     """J* = beta log sum pi_ref exp(r / beta), of the best policy there is; J0 of the reference."""
     beta, table = 0.5, reward_table(100 + seed)
     rewards = {tuple(r): float(x) for r, x in zip(RESPONSES, table, strict=True)}
-    model = no_start(gpt2(seed))
+    model = no_start(gpt2(seed), head)
 
     def log_probs():
         with torch.no_grad():
@@ -349,6 +367,7 @@ def test_training_comes_within_five_percent_of_the_optimum(seed, estimator):
             kl_estimator=estimator,
             learning_rate=2e-3,
             seed=seed,
+            head=head,
         ),
         model=model,
         ref_model="copy",

@@ -10,6 +10,11 @@ from ppo_fast.functional.adam import clipped_adam_
 from ppo_fast.functional.gae import gae, gae_packed
 from ppo_fast.functional.gaussian import log_probs_from_gaussian
 from ppo_fast.functional.kl import approx_kl, kl_from_logits
+from ppo_fast.functional.linear_head import (
+    hidden_gradients,
+    log_probs_from_hidden,
+    ppo_loss_from_hidden,
+)
 from ppo_fast.functional.log_probs import log_probs_from_logits
 from ppo_fast.functional.ppo_loss import ppo_loss, ppo_loss_from_gaussian, ppo_loss_from_logits
 from ppo_fast.functional.sample import sample_from_logits
@@ -21,12 +26,15 @@ __all__ = [
     "clipped_adam_",
     "gae",
     "gae_packed",
+    "hidden_gradients",
     "kl_from_logits",
     "log_probs_from_gaussian",
+    "log_probs_from_hidden",
     "log_probs_from_logits",
     "masked_whiten",
     "ppo_loss",
     "ppo_loss_from_gaussian",
+    "ppo_loss_from_hidden",
     "ppo_loss_from_logits",
     "sample_from_logits",
 ]

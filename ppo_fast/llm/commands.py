@@ -291,9 +291,9 @@ def _ppo(arguments: list[str]) -> None:
 
 def make_trainer(flags: PPOFlags) -> PPOTrainer:
     """The trainer that `ppo-fast rlhf ppo` runs, from its flags."""
-    from ppo_fast.llm.ppo_trainer import PPOTrainer
-
     import torch
+
+    from ppo_fast.llm.ppo_trainer import PPOTrainer
 
     settings = dataclasses.asdict(flags)
     if flags.device == "auto" and torch.cuda.is_available():

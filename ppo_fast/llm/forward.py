@@ -8,7 +8,7 @@ anything expensive begins.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,28 @@ def hidden_states(trunk: nn.Module, packed: Packed, layout: str) -> Tensor:
         use_cache=False,
     ).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, packed.slots[packed.predict])
+
+
+class LinearHead(NamedTuple):
+    """A head that is one matrix product, with what its family does to the logits afterwards."""
+
+    weight: Tensor
+    """[V, D]"""
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+
+def linear_head(model: nn.Module) -> LinearHead | None:
+    """The head of a causal LM as numbers; None where it is more than a linear layer (LoRA, hooks)."""
+    base = unwrapped(model)
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks:
+        return None
+    scaling = getattr(base.config, "logits_scaling", None) or 1.0
+    scale = getattr(base.config, "logit_scale", None) or 1.0
+    cap = getattr(base.config, "final_logit_softcapping", None)
+    return LinearHead(head.weight, head.bias, scale / scaling, cap)
 
 
 def logits_of(model: nn.Module, hidden: Tensor) -> Tensor:

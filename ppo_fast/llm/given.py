@@ -33,6 +33,14 @@ def check_fields(overrides: dict[str, Any]) -> None:
         )
 
 
+def chosen_head(model: nn.Module, config: RLHFConfig) -> str:
+    """The `head` of the policy: on a CPU the fused ops compute in float32, where bf16 is faster."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if config.head == "auto" and config.precision == "bf16" and on_cpu:
+        return "logits"
+    return config.head
+
+
 def checked_reference(
     policy: Policy, ref_model: nn.Module | str | None, config: RLHFConfig
 ) -> Policy | None:

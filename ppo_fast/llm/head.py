@@ -8,7 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ppo_fast.functional._terms import Terms
 from ppo_fast.functional.kl import kl_from_logits
+from ppo_fast.functional.linear_head import (
+    WORKSPACE_MB,
+    hidden_gradients,
+    log_probs_from_hidden,
+)
 from ppo_fast.functional.log_probs import log_probs_from_logits
 from ppo_fast.functional.ppo_loss import ppo_loss_from_logits
 from ppo_fast.llm.models import Policy
@@ -51,6 +57,13 @@ def token_log_probs(
     full_kl: bool = False,
 ) -> TokenLogProbs:
     """Log-probs of the targets [M] under the policy and the reference, from hidden states [M, D]."""
+    if policy.fused is not None and not full_kl:
+        log_probs, entropy = _fused_log_probs(policy, hidden, targets, temperature, megabytes)
+        ref = None
+        if reference is not None and ref_hidden is not None:
+            with reference.active():
+                ref, _ = _fused_log_probs(reference, ref_hidden, targets, temperature, megabytes)
+        return TokenLogProbs(log_probs, entropy, ref, None)
     found: list[tuple[Tensor, ...]] = []
     for own in row_blocks(hidden, policy.vocab_size, megabytes):
         index = targets[own]
@@ -67,6 +80,33 @@ def token_log_probs(
         found.append(block)
     columns = [torch.cat(column) for column in zip(*found, strict=True)]
     return TokenLogProbs(*columns, *[None] * (4 - len(columns)))
+
+
+def _fused_log_probs(
+    policy: Policy, hidden: Tensor, targets: Tensor, temperature: float, megabytes: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [M] without logits."""
+    assert policy.fused is not None
+    hidden, weight = _operands(policy, hidden, policy.fused.weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return log_probs_from_hidden(
+            hidden,
+            weight,
+            targets,
+            bias=policy.fused.bias,
+            temperature=temperature,
+            softcap=policy.fused.softcap,
+            logit_scale=policy.fused.logit_scale,
+            with_entropy=True,
+            workspace_mb=megabytes or WORKSPACE_MB,
+        )
+
+
+def _operands(policy: Policy, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head multiplies, in one dtype: the hidden states', or with head_fp32 the weight's."""
+    if policy.head_fp32:
+        return hidden.to(weight.dtype), weight
+    return hidden, weight.to(hidden.dtype)
 
 
 def loss_and_grads(
@@ -100,6 +140,8 @@ def loss_and_grads(
         [1 + len(PPO_STATS)] float32: the loss and its stats, sums over blocks divided by the
         normalizer.
     """
+    if policy.fused is not None and reference is None:
+        return _fused_loss_and_grads(policy, hidden, targets, rows, values, options, megabytes)
     grad_hidden, grad_values = torch.empty_like(hidden), torch.empty_like(values)
     parts: list[Tensor] = []
     for own in row_blocks(hidden, policy.vocab_size, megabytes):
@@ -131,6 +173,48 @@ def loss_and_grads(
         parts.append(torch.cat([loss.detach().reshape(1), stats]))
     hidden.grad, values.grad = grad_hidden, grad_values
     return added(torch.stack(parts))
+
+
+def _fused_loss_and_grads(
+    policy: Policy,
+    hidden: Tensor,
+    targets: Tensor,
+    rows: dict[str, Tensor | None],
+    values: Tensor,
+    options: dict[str, Any],
+    megabytes: int | None,
+) -> Tensor:
+    """`loss_and_grads` without logits; the head's gradient goes straight into its `grad`."""
+    head = policy.fused
+    assert head is not None
+    states, weight = _operands(policy, hidden, head.weight.detach())
+    coefficients = {name: value for name, value in options.items() if name != "temperature"}
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        result, grad_hidden, grad_values = hidden_gradients(
+            states,
+            weight,
+            targets,
+            Terms(values=values, **rows, **coefficients),  # type: ignore[arg-type]
+            bias=None if head.bias is None else head.bias.detach(),
+            temperature=options["temperature"],
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            weight_grad=_gradient_of(head.weight),
+            bias_grad=None if head.bias is None else _gradient_of(head.bias),
+            workspace_mb=megabytes or WORKSPACE_MB,
+        )
+    assert grad_values is not None
+    hidden.grad, values.grad = grad_hidden.to(hidden.dtype), grad_values
+    return torch.cat([result.loss.reshape(1), result.stats])
+
+
+def _gradient_of(parameter: Tensor) -> Tensor | None:
+    """The buffer its gradient is added to; None of a frozen one."""
+    if not parameter.requires_grad:
+        return None
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def added(parts: Tensor) -> Tensor:

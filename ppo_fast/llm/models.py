@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.llm.forward import (
+    LinearHead,
     choose_layout,
     disable_dropout,
     hidden_states,
+    linear_head,
     logits_of,
     trunk_of,
     unwrapped,
 )
 from ppo_fast.llm.packing import Packed
+
+FUSED_FROM = 4096
+"""Smallest vocabulary whose head is fused of itself: below, logits are as fast."""
 
 
 class Policy:
@@ -29,20 +34,28 @@ class Policy:
         layout: see `choose_layout`.
         head_fp32: compute the head's product in the dtype of its weights, float32 as a rule, also
             under autocast (it lifts the ceiling of long trainings, ScaleRL, arXiv:2510.13786).
+        head: "logits", "fused" for ops that hold none, or "auto" for fused where it pays.
 
     Attributes:
         model, trunk: the model, and the part of it that makes hidden states.
         layout: the layout in use.
+        fused: the head for the fused ops; None where logits are made.
         vocab_size: V.
 
     Raises:
         ValueError: the model is none, or its logits cannot be computed here.
     """
 
-    def __init__(self, model: nn.Module, layout: str = "auto", head_fp32: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: str = "auto",
+        head_fp32: bool = False,
+        head: str = "auto",
+    ) -> None:
         base = unwrapped(model)
-        head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        if head is None:
+        words = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        if words is None:
             raise ValueError(
                 f"model is a {type(model).__name__}; expected a causal LM of transformers, with a "
                 "head over the vocabulary"
@@ -52,7 +65,17 @@ class Policy:
         self.trunk = trunk_of(model)
         self.layout = choose_layout(model, layout)
         self.head_fp32 = head_fp32
-        self.vocab_size = head.weight.shape[0]
+        self.vocab_size = words.weight.shape[0]
+        self.fused = self._choose_head(head)
+
+    def _choose_head(self, head: str) -> LinearHead | None:
+        found = None if head == "logits" else linear_head(self.model)
+        if head == "fused" and found is None:
+            raise ValueError(
+                f"head = 'fused': the head of {type(unwrapped(self.model)).__name__} is more than a "
+                "linear layer; use head = 'auto' or 'logits'"
+            )
+        return found if head == "fused" or self.vocab_size >= FUSED_FROM else None
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +131,8 @@ def make_reference(policy: Policy, ref_model: nn.Module | None, layout: str) -> 
             "ref_model is model, or shares parameters with it, and would be trained with it; pass a "
             "model of its own, or 'copy'"
         )
-    reference = Policy(freeze(ref_model), layout, policy.head_fp32)
+    head = "logits" if policy.fused is None else "fused"
+    reference = Policy(freeze(ref_model), layout, policy.head_fp32, head)
     if reference.vocab_size != policy.vocab_size:
         raise ValueError(
             f"ref_model has a vocabulary of {reference.vocab_size}, model of {policy.vocab_size}; "

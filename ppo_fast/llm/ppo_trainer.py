@@ -39,6 +39,7 @@ from ppo_fast.llm.given import (
     checked_prompts,
     checked_reference,
     checked_reward_model,
+    chosen_head,
     special_tokens,
 )
 from ppo_fast.llm.loss import TokenLoss
@@ -147,7 +148,7 @@ class PPOTrainer:
                 model = require("peft", "llm", "peft_config").get_peft_model(model, peft_config)
             if config.device != "auto":
                 model = model.to(config.device)
-            self.policy = Policy(model, config.layout, config.head_fp32)
+            self.policy = Policy(model, config.layout, config.head_fp32, chosen_head(model, config))
             self.device = self.policy.device
             self.reference = checked_reference(self.policy, ref_model, config)
             if value_model is not None:
@@ -176,6 +177,11 @@ class PPOTrainer:
                 if trained is not None:
                     trained.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
                     trained.train()
+        log.info(
+            "sequences are %s, log-probs come %s",
+            self.policy.layout,
+            "through logits" if self.policy.fused is None else "from hidden states",
+        )
         broadcast_(p.data for p in [*model.parameters(), *self.critic.parameters()])
         own = [p for p in self.critic.parameters() if p.requires_grad]
         trained = [p for p in model.parameters() if p.requires_grad]
