@@ -34,10 +34,18 @@ def devices() -> list[str]:
     return [f"cpu, {torch.get_num_threads()} threads", *gpus]
 
 
-def ops() -> dict[str, Accelerated[..., Any]]:
-    """Every accelerated op of `ppo_fast.functional`, by name."""
-    members = {name: getattr(functional, name) for name in functional.__all__}
-    return {name: op for name, op in members.items() if isinstance(op, Accelerated)}
+def ops() -> dict[str, Callable[..., Any]]:
+    """Every op of `ppo_fast.functional`, by name."""
+    return {name: getattr(functional, name) for name in functional.__all__}
+
+
+def served_by(op: Callable[..., Any], device: torch.device) -> tuple[str, str]:
+    """The backend of an op, and why."""
+    if isinstance(op, Accelerated):
+        return op.explain(device)
+    # Walks rows or tiles of logits; on a GPU rows, by the kernels of this op.
+    inner: Any = functional.log_probs_from_logits
+    return inner.explain(device)[0], f"as {inner.__name__}"
 
 
 def self_checks(device: torch.device) -> dict[str, Callable[[], float]]:
@@ -156,7 +164,21 @@ def self_checks(device: torch.device) -> dict[str, Callable[[], float]]:
         )
         return error(torch.cat((ours, got[:1])), torch.cat((theirs.detach(), norm.reshape(1))))
 
+    def check_hidden() -> float:
+        own = functional.log_probs_from_hidden(states, words, index)
+        assert isinstance(own, Tensor)
+        return error(own, of_words)
+
+    def check_loss_from_hidden() -> float:
+        got = functional.ppo_loss_from_hidden(states, words, index, old, advantages, clip_coef=0.2)
+        return error(got.policy_loss, _surrogate(of_words - old.double(), advantages.double()))
+
+    states, words = randn(33, 8), randn(logits.shape[1], 8)
+    of_words = (states.double() @ words.double().t()).log_softmax(-1)
+    of_words = of_words.gather(-1, index[:, None]).squeeze(-1)
     return {
+        "log_probs_from_hidden": check_hidden,
+        "ppo_loss_from_hidden": check_loss_from_hidden,
         "actor_critic_loss_and_grads": check_actor_critic,
         "clipped_adam_": check_adam,
         "gae": check_gae,
@@ -195,7 +217,7 @@ def report() -> tuple[str, bool]:
     well = True
     checks = self_checks(device)
     for name, op in ops().items():
-        served, why = op.explain(device)
+        served, why = served_by(op, device)
         try:
             deviation = checks[name]()
             fine = deviation < 1e-4

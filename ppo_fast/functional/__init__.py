@@ -11,7 +11,6 @@ from ppo_fast.functional.gae import gae, gae_packed
 from ppo_fast.functional.gaussian import log_probs_from_gaussian
 from ppo_fast.functional.kl import approx_kl, kl_from_logits
 from ppo_fast.functional.linear_head import (
-    hidden_gradients,
     log_probs_from_hidden,
     ppo_loss_from_hidden,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "clipped_adam_",
     "gae",
     "gae_packed",
-    "hidden_gradients",
     "kl_from_logits",
     "log_probs_from_gaussian",
     "log_probs_from_hidden",

@@ -11,7 +11,7 @@ memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
@@ -199,7 +199,11 @@ class Sweep:
 def _stats(chunk: _Chunk, with_entropy: bool) -> RowStats:
     """Reduce the rows of a chunk."""
     parts = chunk.sweep.shared(lambda worker: _partial_stats(chunk, worker, with_entropy))
-    divisor = chunk.sweep.job.head.divisor
+    return merged(parts, chunk.sweep.job.head.divisor)
+
+
+def merged(parts: Sequence[RowStats], divisor: float | Tensor | None) -> RowStats:
+    """The stats of rows from those of shares of the vocabulary, whose `mean` is yet a sum of e t."""
     maximum, total, weighted, target = parts[0]
     for other in parts[1:]:
         larger = torch.maximum(maximum, other.maximum)
