@@ -1058,6 +1058,12 @@ def test_a_classifier_that_is_critic_too_gives_its_scores_as_it_began():
     assert torch.equal(trainer.scores.total, before)
 
 
+def test_an_optimizer_of_the_users_own_is_refused():
+    with pytest.raises(TypeError, match="optimizers is not None"):
+        make(optimizers=(torch.optim.SGD(llama().parameters(), 0.1), None))
+    make(optimizers=(None, None))
+
+
 def test_settings_of_another_kind_are_refused():
     with pytest.raises(TypeError, match="ControlConfig; expected an RLHFConfig"):
         PPOTrainer(ControlConfig(), model=llama(), train_dataset=PROMPTS, reward_fn=fives)

@@ -27,9 +27,17 @@ def check_fields(overrides: dict[str, Any]) -> None:
     """Refuse keyword arguments that are neither the trainer's nor fields of `RLHFConfig`."""
     unknown = sorted(set(overrides) - set(RLHFConfig.__dataclass_fields__))
     if unknown:
-        hint = "; the optimizer is Adam, see learning_rate" if "optimizers" in unknown else ""
         raise TypeError(
-            f"PPOTrainer: unknown setting {', '.join(unknown)}; expected fields of RLHFConfig{hint}"
+            f"PPOTrainer: unknown setting {', '.join(unknown)}; expected fields of RLHFConfig"
+        )
+
+
+def check_no_optimizers(optimizers: Any) -> None:
+    """Refuse an optimizer or scheduler of the user's own."""
+    if any(given is not None for given in optimizers or ()):
+        raise TypeError(
+            "PPOTrainer: optimizers is not None; expected (None, None): the optimizer is Adam over one "
+            "flat buffer, set by learning_rate, critic_learning_rate, adam_eps and anneal_lr"
         )
 
 

@@ -35,6 +35,7 @@ from ppo_fast.llm.config import RLHFConfig
 from ppo_fast.llm.given import (
     check_eval_columns,
     check_fields,
+    check_no_optimizers,
     check_shares,
     checked_prompts,
     checked_reference,
@@ -87,6 +88,7 @@ class PPOTrainer:
             place; None is a scalar head on the model's own trunk.
         data_collator: not needed, as prompts are not padded; taken so that TRL's calls fit.
         eval_dataset: prompts for `evaluate`.
+        optimizers: there so that TRL's calls fit; Adam it is, by the config.
         callbacks: functions of the trainer, called after every update; one returning False ends
             `learn`.
         peft_config: wraps the model in adapters, which are trained.
@@ -120,6 +122,7 @@ class PPOTrainer:
         value_model: nn.Module | None = None,
         data_collator: Any = None,
         eval_dataset: Any = None,
+        optimizers: Any = (None, None),
         callbacks: Sequence[Callback] | None = None,
         peft_config: Any = None,
         *,
@@ -136,6 +139,7 @@ class PPOTrainer:
         if isinstance(sampler, str):
             overrides["sampler"], sampler = sampler, None
         check_fields(overrides)
+        check_no_optimizers(optimizers)
         self.config = config = dataclasses.replace(args or RLHFConfig(), **overrides)
         if model is None:
             raise ValueError("PPOTrainer: model is None; expected a causal LM")
