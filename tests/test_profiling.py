@@ -463,7 +463,7 @@ def test_a_tool_that_was_asked_for_and_is_missing_runs_nothing(run, tool):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        ([], 2, "profile needs one of train, eval, plot, doctor, bench after --"),
+        ([], 2, "profile needs one of train, eval, plot, doctor, bench, rlhf after --"),
         (["--"], 2, "got nothing"),
         (["--", "trian"], 2, "got trian"),
         (["--", "profile", "--", "doctor"], 2, "got profile"),

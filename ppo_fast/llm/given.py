@@ -43,9 +43,9 @@ def check_no_optimizers(optimizers: Any) -> None:
 
 def chosen_head(model: nn.Module, config: RLHFConfig) -> str:
     """The `head` of the policy: on a CPU the fused ops compute in float32, where bf16 is faster."""
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if config.head == "auto" and config.precision == "bf16" and on_cpu:
-        return "logits"
+    if config.head == "auto" and config.precision == "bf16":
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return "logits" if on_cpu else "auto"
     return config.head
 
 
