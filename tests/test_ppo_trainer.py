@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppo_fast import ControlConfig
+from ppo_fast import ControlConfig, log_probs_from_hidden
 from ppo_fast.llm.config import RLHFConfig
 from ppo_fast.llm.ppo_trainer import PPOTrainer, response_ids
 from ppo_fast.llm.reward_model import RewardModel
@@ -1056,6 +1056,33 @@ def test_a_classifier_that_is_critic_too_gives_its_scores_as_it_began():
     trainer.score(prompts, responses)
     assert not torch.equal(trainer.critic.head.weight, values)
     assert torch.equal(trainer.scores.total, before)
+
+
+def test_ligers_head_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="head = 'liger': the tensors are on cpu"):
+        make(head="liger", precision="bf16")
+
+
+def test_ligers_head_scores_rollouts_where_it_runs(monkeypatch):
+    calls = []
+
+    def in_its_place(hidden, weight, index, *, temperature, with_entropy):
+        calls.append((hidden.dtype, weight.dtype))
+        return log_probs_from_hidden(
+            hidden, weight, index, temperature=temperature, with_entropy=with_entropy
+        )
+
+    monkeypatch.setattr("ppo_fast.llm.given.available", lambda device: None)
+    monkeypatch.setattr("ppo_fast.llm.head.liger_log_probs", in_its_place)
+    with pytest.raises(ValueError, match="bfloat16"):
+        make(head="liger")
+    trainer = make(head="liger", precision="bf16")
+    prompts = trainer.next_prompts()
+    own = trainer.score(prompts, trainer.sample(prompts))
+    assert calls == [(torch.bfloat16, torch.bfloat16)] * 2  # policy and reference
+    fused = make(head="fused", precision="bf16").score(prompts, trainer.responses)
+    assert torch.equal(own.log_probs, fused.log_probs)
+    assert trainer.learn().metrics["val/skipped_steps"] == 0
 
 
 def test_an_optimizer_of_the_users_own_is_refused():

@@ -16,7 +16,7 @@ CHOICES = {
     "importance_sampling": ("none", "token", "seq"),
     "precision": ("fp32", "bf16"),
     "layout": ("auto", "packed", "padded"),
-    "head": ("auto", "logits", "fused"),
+    "head": ("auto", "logits", "fused", "liger"),
     "sampler": ("auto", "cached", "generate"),
 }
 
@@ -81,10 +81,10 @@ class RLHFConfig(PPOConfig):
     """largest such weight"""
     token_budget: int = 8192
     """most tokens of a forward; more are done one after another, with the same gradient"""
-    head: Literal["auto", "logits", "fused"] = "auto"
+    head: Literal["auto", "logits", "fused", "liger"] = "auto"
     """how log-probs and loss come of hidden states: through logits, or by ops that hold none
     (`ppo_loss_from_hidden`); auto takes these where the head is one linear layer and the vocabulary
-    large. kl_estimator="full" makes logits"""
+    large; liger has liger-kernel's Hopper kernel score rollouts. kl_estimator="full" makes logits"""
     logits_mb: int | None = None
     """most megabytes of logits at a time, or of the fused head's workspace; None means 512, and for
     logits on a CPU 32, which fit its caches better"""

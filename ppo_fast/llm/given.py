@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ppo_fast.distributed import world_size
+from ppo_fast.functional.liger_head import available
 from ppo_fast.llm.config import RLHFConfig
 from ppo_fast.llm.models import Policy, make_reference, share_parameters, unwrapped
 from ppo_fast.llm.prompts import (
@@ -42,7 +43,17 @@ def check_no_optimizers(optimizers: Any) -> None:
 
 
 def chosen_head(model: nn.Module, config: RLHFConfig) -> str:
-    """The `head` of the policy: on a CPU the fused ops compute in float32, where bf16 is faster."""
+    """The `head` of the policy: on a CPU the fused ops compute in float32, where bf16 is faster.
+
+    Raises:
+        ValueError: head is "liger" and its kernel cannot run.
+    """
+    if config.head == "liger":
+        why = available(next(model.parameters()).device)
+        if config.precision != "bf16" or config.head_fp32:
+            why = why or "the kernel is of bfloat16; set precision = 'bf16' without head_fp32"
+        if why:
+            raise ValueError(f"head = 'liger': {why}")
     if config.head == "auto" and config.precision == "bf16":
         on_cpu = next(model.parameters()).device.type == "cpu"
         return "logits" if on_cpu else "auto"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppo_fast.functional._terms import Terms
 from ppo_fast.functional.kl import kl_from_logits
+from ppo_fast.functional.liger_head import liger_log_probs
 from ppo_fast.functional.linear_head import (
     WORKSPACE_MB,
     hidden_gradients,
@@ -88,6 +89,8 @@ def _fused_log_probs(
     """Log-probs and entropies [M] without logits."""
     assert policy.fused is not None
     hidden, weight = _operands(policy, hidden, policy.fused.weight)
+    if policy.liger:
+        return liger_log_probs(hidden, weight, targets, temperature=temperature, with_entropy=True)
     with torch.autocast(hidden.device.type, enabled=False):
         return log_probs_from_hidden(
             hidden,
@@ -103,10 +106,13 @@ def _fused_log_probs(
 
 
 def _operands(policy: Policy, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head multiplies, in one dtype: the hidden states', or with head_fp32 the weight's."""
+    """What the head multiplies, in one dtype: autocast's, or with head_fp32 the weight's."""
+    dtype = hidden.dtype
     if policy.head_fp32:
-        return hidden.to(weight.dtype), weight
-    return hidden, weight.to(hidden.dtype)
+        dtype = weight.dtype
+    elif torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    return hidden.to(dtype), weight.to(dtype)
 
 
 def loss_and_grads(

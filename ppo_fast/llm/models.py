@@ -34,12 +34,14 @@ class Policy:
         layout: see `choose_layout`.
         head_fp32: compute the head's product in the dtype of its weights, float32 as a rule, also
             under autocast (it lifts the ceiling of long trainings, ScaleRL, arXiv:2510.13786).
-        head: "logits", "fused" for ops that hold none, or "auto" for fused where it pays.
+        head: "logits", "fused" for ops that hold none, "liger" for those with Liger's kernel where no
+            gradient is wanted, or "auto" for fused where it pays.
 
     Attributes:
         model, trunk: the model, and the part of it that makes hidden states.
         layout: the layout in use.
         fused: the head for the fused ops; None where logits are made.
+        liger: whether Liger's kernel gives log-probs without gradient.
         vocab_size: V.
 
     Raises:
@@ -67,15 +69,17 @@ class Policy:
         self.head_fp32 = head_fp32
         self.vocab_size = words.weight.shape[0]
         self.fused = self._choose_head(head)
+        self.liger = head == "liger"
 
     def _choose_head(self, head: str) -> LinearHead | None:
         found = None if head == "logits" else linear_head(self.model)
-        if head == "fused" and found is None:
+        more = found is None or (head == "liger" and found[1:] != (None, 1.0, None))
+        if head in ("fused", "liger") and more:
             raise ValueError(
-                f"head = 'fused': the head of {type(unwrapped(self.model)).__name__} is more than a "
-                "linear layer; use head = 'auto' or 'logits'"
+                f"head = {head!r}: the head of {type(unwrapped(self.model)).__name__} is more than a "
+                f"linear layer{' without bias' if head == 'liger' else ''}; use head = 'auto'"
             )
-        return found if head == "fused" or self.vocab_size >= FUSED_FROM else None
+        return found if head != "auto" or self.vocab_size >= FUSED_FROM else None
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +135,7 @@ def make_reference(policy: Policy, ref_model: nn.Module | None, layout: str) -> 
             "ref_model is model, or shares parameters with it, and would be trained with it; pass a "
             "model of its own, or 'copy'"
         )
-    head = "logits" if policy.fused is None else "fused"
+    head = "liger" if policy.liger else "logits" if policy.fused is None else "fused"
     reference = Policy(freeze(ref_model), layout, policy.head_fp32, head)
     if reference.vocab_size != policy.vocab_size:
         raise ValueError(

@@ -400,12 +400,14 @@ class PPOTrainer:
 
     def _sampled(self, prompts: Prompts, seeds: list[int]) -> Responses:
         self.sampler.load_policy(self.policy.model)
-        responses = self.sampler(
-            prompts.ids,
-            max_new_tokens=self.config.response_length,
-            temperature=self.config.temperature,
-            seeds=seeds,
-        )
+        bf16 = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            responses = self.sampler(
+                prompts.ids,
+                max_new_tokens=self.config.response_length,
+                temperature=self.config.temperature,
+                seeds=seeds,
+            )
         check_responses(responses, len(prompts), self.config.response_length)
         return responses
 
