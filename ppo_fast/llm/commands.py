@@ -397,18 +397,17 @@ def sample_texts(
     seed: int,
 ) -> list[str]:
     """An answer to each prompt."""
-    from ppo_fast.llm.ppo_trainer import response_ids
-    from ppo_fast.llm.prompts import check_tokenizer
-    from ppo_fast.llm.sampler import make_sampler
+    from ppo_fast.llm.sampler import sample_answers
 
-    pad, eos = check_tokenizer(tokenizer)
-    responses = make_sampler(model, [eos], pad)(
+    ids, _ = sample_answers(
+        model,
+        tokenizer,
         prompts,
         max_new_tokens=response_length,
         temperature=temperature,
-        seeds=[(seed << 40) + k for k in range(len(prompts))],
+        seed=seed,
     )
-    return tokenizer.batch_decode(response_ids(responses), skip_special_tokens=True)
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def read_texts(path: Path, tokenizer: Any) -> tuple[list[list[int]], list[int]]:

@@ -253,19 +253,18 @@ def sample_ids(
     settings: Pipeline, model: Any, tokenizer: Any, prompts: list[list[int]], stream: int
 ) -> tuple[list[list[int]], list[bool]]:
     """A response to each prompt as token ids, EOS included, and whether it ended."""
-    from ppo_fast.llm.ppo_trainer import response_ids
-    from ppo_fast.llm.ppo_trainer import stream as seed_of
-    from ppo_fast.llm.prompts import check_tokenizer
-    from ppo_fast.llm.sampler import make_sampler
+    from ppo_fast.llm.sampler import sample_answers
 
-    pad, eos = check_tokenizer(tokenizer)
-    responses = make_sampler(model, [eos], pad, batch_size=256)(
+    return sample_answers(
+        model,
+        tokenizer,
         prompts,
         max_new_tokens=settings.response_length,  # type: ignore[arg-type]
         temperature=settings.temperature,
-        seeds=[seed_of(settings.seed, stream + k) for k in range(len(prompts))],
+        seed=settings.seed,
+        first=stream,
+        batch_size=256,
     )
-    return response_ids(responses), responses.ended
 
 
 def train_scorer(settings: Pipeline, out: Path) -> dict[str, float]:

@@ -49,7 +49,7 @@ from ppo_fast.llm.prompts import Prompts
 from ppo_fast.llm.reports import rollout_metrics, update_metrics
 from ppo_fast.llm.rewards import Reward, Scores, shape_scores
 from ppo_fast.llm.rollout import Sequences, TokenRollout, check_responses
-from ppo_fast.llm.sampler import Responses, Sampler, make_sampler
+from ppo_fast.llm.sampler import Responses, Sampler, make_sampler, response_ids, stream
 from ppo_fast.llm.saving import load_trainer, save_trainer
 from ppo_fast.llm.scoring import evaluate_tokens, make_rollout
 from ppo_fast.profiling import StageTimer
@@ -613,14 +613,3 @@ class PPOTrainer:
         if self.tokenizer is None:
             return ids
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def stream(seed: int, number: int) -> int:
-    """The sampler's seed of a response: streams of one seed lie side by side."""
-    return ((seed << 40) + number) % (1 << 64)
-
-
-def response_ids(responses: Responses) -> list[list[int]]:
-    """The tokens of each response, without padding; reads them from the device once."""
-    rows = responses.tokens.tolist()
-    return [row[:length] for row, length in zip(rows, responses.lengths, strict=True)]

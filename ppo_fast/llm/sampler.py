@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.llm.prompts import check_tokenizer
+
 if TYPE_CHECKING:
     from ppo_fast.llm.cached_sampler import CachedSampler
     from ppo_fast.llm.generate_sampler import GenerateSampler
@@ -364,3 +366,44 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
         for module in checkpointing:
             module.gradient_checkpointing = True
+
+
+def stream(seed: int, number: int) -> int:
+    """The sampler's seed of a response: streams of one seed lie side by side."""
+    return ((seed << 40) + number) % (1 << 64)
+
+
+def response_ids(responses: Responses) -> list[list[int]]:
+    """The tokens of each response, without padding; reads them from the device once."""
+    rows = responses.tokens.tolist()
+    return [row[:length] for row, length in zip(rows, responses.lengths, strict=True)]
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    first: int = 0,
+    batch_size: int | None = None,
+) -> tuple[list[list[int]], list[bool]]:
+    """A response to each prompt as token ids, EOS included, and whether it ended.
+
+    Args:
+        model, tokenizer: a causal LM of transformers and its tokenizer.
+        prompts: lists of token ids.
+        max_new_tokens, temperature: of the responses.
+        seed, first: response k is number first + k of this seed's stream.
+        batch_size: rows sampled at once; None: all.
+    """
+    pad, eos = check_tokenizer(tokenizer)
+    responses = make_sampler(model, [eos], pad, batch_size=batch_size)(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seeds=[stream(seed, first + k) for k in range(len(prompts))],
+    )
+    return response_ids(responses), responses.ended
